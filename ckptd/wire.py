@@ -1,0 +1,338 @@
+"""Supervisor <-> worker: the messages and the status page, bytes both ways.
+
+Rules:
+
+1. Pure: bytes in, values out. Who owns a socket or a page is not known here.
+2. The socket is a SOCK_SEQPACKET Unix socket: one message is one packet, so a message sent from a
+   signal handler can't tear another one. A message is at most MESSAGE_BYTES_MAX long; anything
+   larger (tensors, state.json) travels in a memfd whose descriptor rides on the packet.
+3. Requests go to the worker through the status page and nowhere else: the training loop reads one
+   integer of shared memory between two batches and makes no system call.
+4. The request word only ever grows. The worker remembers the last one that it answered and never
+   clears it, so a request that arrives while another is answered can't be lost.
+
+A worker's life on the wire:
+
+    worker                               supervisor
+    Hello                        ───►
+                                 ◄───    Welcome + [status page, lock, read end of the output pipe]
+    Restored                     ───►    (only when it resumes, at the resume point)
+    Snapshot + [memfd]           ───►    on request, and unasked where a stop would otherwise lose
+                                         steps (entry of a restart loop, end of an outermost loop)
+                                 ◄───    Durable | NotDurable   (only for snapshots that were asked for)
+    Bye                          ───►    the interpreter ends in good order
+
+A command-line tool connects to the same socket, sends one Ask and gets one Answer.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+import msgspec
+
+from ckptd.errors import ProtocolError
+
+PROTOCOL: Final = 1
+MESSAGE_BYTES_MAX: Final = 128 * 1024
+
+#: The environment variable by which a worker finds its supervisor's socket.
+ENV_SOCKET: Final = "CKPTD_SOCKET"
+
+
+# ------------------------------------------------------------------ worker -> supervisor
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """The script called `attach`.
+
+    Attributes:
+        pid: the worker's process (maybe a grandchild of the supervisor).
+        environment: what decides about bits: torch version, device models, thread counts, CPU
+            capability, … Compared with the first attempt's; a difference is said.
+    """
+
+    protocol: int
+    pid: int
+    rank: int
+    world_size: int
+    environment: dict[str, str]
+
+
+class Extent(msgspec.Struct, frozen=True):
+    """One file of a checkpoint inside the snapshot's memfd (bytes)."""
+
+    name: str
+    offset: int
+    length: int
+
+
+class Snapshot(msgspec.Struct, frozen=True, tag=True):
+    """A whole state, in the memfd whose descriptor rides on this message.
+
+    Attributes:
+        generation: counts the snapshots of one worker, from 1.
+        step: items of innermost loops that are done.
+        place: where that is, for a person: "epoch 3/30, batch 40/120".
+        asked: the request word that this answers; 0: sent unasked, to be held in memory.
+        outputs: absolute paths of files opened through `job.open`, to be synced before publishing.
+    """
+
+    generation: int
+    step: int
+    place: str
+    files: list[Extent]
+    outputs: list[str]
+    asked: int
+
+
+class Standing(msgspec.Struct, frozen=True, tag=True):
+    """Asked within a restart loop: the snapshot `generation`, already sent, is what there is to save."""
+
+    generation: int
+    asked: int
+
+
+class Restored(msgspec.Struct, frozen=True, tag=True):
+    """The resume point was reached and everything was restored."""
+
+    step: int
+    seconds: float
+
+
+class Notice(msgspec.Struct, frozen=True, tag=True):
+    """The worker itself was signalled (a group signal, or a host that signals only steps)."""
+
+    signal: int
+
+
+class Said(msgspec.Struct, frozen=True, tag=True):
+    """Something a person should read: it goes to stderr and into the journal."""
+
+    text: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The script can't go on and starting it again would not help (a mismatch, a bad name)."""
+
+    error: str
+    text: str
+
+
+class Bye(msgspec.Struct, frozen=True, tag=True):
+    """The interpreter ends; `finished` is false when it leaves on request or with an error."""
+
+    finished: bool
+
+
+# ------------------------------------------------------------------ supervisor -> worker
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """You are this job's worker.
+
+    Rides with three descriptors, in this order: the status page (memfd), the job's lock (held as
+    long as any copy is open) and the read end of the worker's output pipe (so that nothing breaks
+    when the supervisor is killed: the worker then drains it into the log itself).
+
+    Attributes:
+        run: the run's directory, absolute.
+        attempt: this attempt's number; publishing is refused once a larger one was claimed.
+        checkpoint: the directory to restore, absolute; None at a first start.
+        environment: the first attempt's Hello.environment; None at a first start.
+        keep: how many checkpoints to keep, for a worker that outlives its supervisor.
+    """
+
+    name: str
+    run: str
+    attempt: int
+    checkpoint: str | None
+    environment: dict[str, str] | None
+    keep: int
+
+
+class TurnedAway(msgspec.Struct, frozen=True, tag=True):
+    """You are not this job's worker, and why."""
+
+    why: str
+
+
+class Durable(msgspec.Struct, frozen=True, tag=True):
+    """The snapshot is on disk and synced. This is the receipt; it is never taken back."""
+
+    generation: int
+
+
+class NotDurable(msgspec.Struct, frozen=True, tag=True):
+    """The snapshot could not be made durable, and why."""
+
+    generation: int
+    why: str
+
+
+# ------------------------------------------------------------------ command line <-> supervisor
+
+
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    """A command-line tool's question: "status", "stop" or "checkpoint".
+
+    "stop" and "checkpoint" are answered when what they asked for is done (or has failed).
+    """
+
+    what: str
+
+
+class Answer(msgspec.Struct, frozen=True, tag=True):
+    """The reply to an Ask.
+
+    Attributes:
+        ok: whether what was asked for happened.
+        text: one line for a person.
+        facts: for "status": what the supervisor knows, by name.
+    """
+
+    ok: bool
+    text: str
+    facts: dict[str, str | int | float | None]
+
+
+ToSupervisor = (
+    Hello | Snapshot | Standing | Restored | Notice | Said | Refused | Bye | Ask
+)
+ToWorker = Welcome | TurnedAway | Durable | NotDurable | Answer
+
+_encoder = msgspec.json.Encoder()
+_to_supervisor = msgspec.json.Decoder(ToSupervisor)
+_to_worker = msgspec.json.Decoder(ToWorker)
+
+
+def encode(message: ToSupervisor | ToWorker) -> bytes:
+    """The packet for a message.
+
+    Raises:
+        ProtocolError: the packet would be larger than MESSAGE_BYTES_MAX.
+    """
+    packet = _encoder.encode(message)
+    if len(packet) > MESSAGE_BYTES_MAX:
+        raise ProtocolError(
+            f"a {type(message).__name__} message of {len(packet)} bytes; "
+            f"at most {MESSAGE_BYTES_MAX} fit into one packet"
+        )
+    return packet
+
+
+def decode_for_supervisor(packet: bytes) -> ToSupervisor:
+    """A worker's (or a command-line tool's) message.
+
+    Raises:
+        ProtocolError: the bytes are no such message.
+    """
+    try:
+        return _to_supervisor.decode(packet)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"not a message for a supervisor: {error}: {packet[:80]!r}") from error
+
+
+def decode_for_worker(packet: bytes) -> ToWorker:
+    """A supervisor's message.
+
+    Raises:
+        ProtocolError: the bytes are no such message.
+    """
+    try:
+        return _to_worker.decode(packet)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"not a message for a worker: {error}: {packet[:80]!r}") from error
+
+
+# ------------------------------------------------------------------ the status page
+
+
+class Request(IntEnum):
+    """What the supervisor wants at the next safe point (the low bits of the request word)."""
+
+    NOTHING = 0
+    FLUSH = 1  # hand over a snapshot and go on
+    LEAVE = 2  # hand over a snapshot, wait for the receipt, exit with 75
+    ORPHANED = 3  # set by the worker itself: the supervisor is gone, publish and exit with 75
+
+
+_REQUEST_BITS = 2
+
+
+def request_word(serial: int, request: Request) -> int:
+    """The request word of the `serial`-th request (serial counts from 1)."""
+    return serial << _REQUEST_BITS | request
+
+
+def request_of(word: int) -> Request:
+    """What a request word asks for."""
+    return Request(word & (1 << _REQUEST_BITS) - 1)
+
+
+PAGE_BYTES: Final = 8192
+_TEXT_AT = 4096
+_TEXT_BYTES_MAX = PAGE_BYTES - _TEXT_AT
+
+#: Indices of the page's 64-bit words.
+WORD_REQUEST: Final = 0  # supervisor -> worker
+WORD_STEP: Final = 1  # worker -> supervisor: items of innermost loops that are done
+WORD_DEPTH: Final = 2  # how many loops are open
+WORD_TEXT_BYTES: Final = 3  # length of the JSON text; 0 while it is being changed
+WORD_LOOPS: Final = 8  # per open loop: items done, length (0: unknown), a restart loop (0 or 1)
+LOOP_WORDS: Final = 3
+LOOPS_MAX: Final = 16
+
+
+class Loop(msgspec.Struct, frozen=True):
+    """How far one open loop is; `length` 0 means unknown."""
+
+    done: int
+    length: int
+    restart: bool
+
+
+class StatusPage:
+    """A page of shared memory: requests in, progress out.
+
+    `words` is the page as unsigned 64-bit integers; the training loop uses it directly, since a
+    method call per batch would cost more than what it does. Words are written whole by the CPU.
+
+    Args:
+        memory: a writable buffer of PAGE_BYTES bytes, zeroed at first.
+    """
+
+    def __init__(self, memory: memoryview) -> None:
+        self._bytes = memory.cast("B")
+        self.words = self._bytes[:_TEXT_AT].cast("Q")
+
+    def close(self) -> None:
+        """Let go of the buffer, so that its mapping can be closed."""
+        self.words.release()
+        self._bytes.release()
+
+    def loops(self) -> list[Loop]:
+        """The open loops, outermost first."""
+        depth = min(self.words[WORD_DEPTH], LOOPS_MAX)
+        at = [WORD_LOOPS + LOOP_WORDS * level for level in range(depth)]
+        return [Loop(self.words[i], self.words[i + 1], bool(self.words[i + 2])) for i in at]
+
+    def write_values(self, values: dict[str, float | int | str]) -> None:
+        """Show the last logged values (dropped when they don't fit on the page)."""
+        text = _encoder.encode(values)
+        if len(text) > _TEXT_BYTES_MAX:
+            return
+        self.words[WORD_TEXT_BYTES] = 0
+        self._bytes[_TEXT_AT : _TEXT_AT + len(text)] = text
+        self.words[WORD_TEXT_BYTES] = len(text)
+
+    def values(self) -> dict[str, float | int | str]:
+        """The last logged values; empty when there are none or they are just being changed."""
+        length = min(self.words[WORD_TEXT_BYTES], _TEXT_BYTES_MAX)
+        try:
+            return msgspec.json.decode(
+                bytes(self._bytes[_TEXT_AT : _TEXT_AT + length]), type=dict[str, float | int | str]
+            )
+        except msgspec.DecodeError:
+            return {}
