@@ -1,8 +1,8 @@
 """Every error that a user can meet.
 
-A class says whose fault it is and whether trying again helps; the message names the object, what was
-found, what was expected and what happens next. `exit_code` is what `ckptd` exits with when the error
-ends it (sysexits.h; the table is in the README).
+A class says whose fault it is and whether trying again helps; the message names the object, what
+was found, what was expected and what happens next. `exit_code` is what `ckptd` exits with when the
+error ends it (sysexits.h; the table is in the README).
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ A worker's life on the wire:
     Restored                     ───►    (only when it resumes, at the resume point)
     Snapshot + [memfd]           ───►    on request, and unasked where a stop would otherwise lose
                                          steps (entry of a restart loop, end of an outermost loop)
-                                 ◄───    Durable | NotDurable   (only for snapshots that were asked for)
+                                 ◄───    Durable | NotDurable   (only for snapshots that were asked
+                                 for)
     Bye                          ───►    the interpreter ends in good order
 
 A command-line tool connects to the same socket, sends one Ask and gets one Answer.
@@ -87,8 +88,13 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True):
     asked: int
 
 
+def places(files: list[Extent]) -> dict[str, slice]:
+    """Where each file of a snapshot is in its memfd."""
+    return {file.name: slice(file.offset, file.offset + file.length) for file in files}
+
+
 class Standing(msgspec.Struct, frozen=True, tag=True):
-    """Asked within a restart loop: the snapshot `generation`, already sent, is what there is to save."""
+    """Asked within a restart loop: the snapshot sent before it is what there is to save."""
 
     generation: int
     asked: int
@@ -197,9 +203,7 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
     facts: dict[str, str | int | float | None]
 
 
-ToSupervisor = (
-    Hello | Snapshot | Standing | Restored | Notice | Said | Refused | Bye | Ask
-)
+ToSupervisor = Hello | Snapshot | Standing | Restored | Notice | Said | Refused | Bye | Ask
 ToWorker = Welcome | TurnedAway | Durable | NotDurable | Answer
 
 _encoder = msgspec.json.Encoder()
@@ -229,9 +233,10 @@ def decode_for_supervisor(packet: bytes) -> ToSupervisor:
         ProtocolError: the bytes are no such message.
     """
     try:
-        return _to_supervisor.decode(packet)
+        message: ToSupervisor = _to_supervisor.decode(packet)
     except msgspec.DecodeError as error:
         raise ProtocolError(f"not a message for a supervisor: {error}: {packet[:80]!r}") from error
+    return message
 
 
 def decode_for_worker(packet: bytes) -> ToWorker:
@@ -241,9 +246,10 @@ def decode_for_worker(packet: bytes) -> ToWorker:
         ProtocolError: the bytes are no such message.
     """
     try:
-        return _to_worker.decode(packet)
+        message: ToWorker = _to_worker.decode(packet)
     except msgspec.DecodeError as error:
         raise ProtocolError(f"not a message for a worker: {error}: {packet[:80]!r}") from error
+    return message
 
 
 # ------------------------------------------------------------------ the status page
@@ -269,6 +275,11 @@ def request_word(serial: int, request: Request) -> int:
 def request_of(word: int) -> Request:
     """What a request word asks for."""
     return Request(word & (1 << _REQUEST_BITS) - 1)
+
+
+def serial_of(word: int) -> int:
+    """The how-manieth request a request word is."""
+    return word >> _REQUEST_BITS
 
 
 PAGE_BYTES: Final = 8192

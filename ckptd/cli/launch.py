@@ -1,0 +1,138 @@
+"""`ckptd launch`: supervise a command until it has finished."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from ckptd import __version__
+from ckptd.cli import options
+from ckptd.errors import UsageError
+from ckptd.host.clock import RealClock
+from ckptd.supervisor import journal
+from ckptd.supervisor import run as runs
+from ckptd.supervisor.loop import Loop
+from ckptd.supervisor.policy import Policy
+from ckptd.supervisor.run import JobFile, Run
+from ckptd.supervisor.terminal import Terminal
+
+_DEFAULTS = Policy()
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@click.option("--name", help="The run's name.  [default: the script's, or the Slurm job's]")
+@options.directory
+@click.option(
+    "--every",
+    "every_s",
+    type=click.FloatRange(min=0.0, min_open=True),
+    default=_DEFAULTS.every_s,
+    show_default=True,
+    help="Seconds between two durable checkpoints at most.",
+)
+@click.option(
+    "--keep",
+    type=click.IntRange(min=1),
+    default=_DEFAULTS.keep,
+    show_default=True,
+    help="Checkpoints to keep.",
+)
+@click.option(
+    "--grace",
+    "grace_s",
+    type=click.FloatRange(min=0.0, min_open=True),
+    default=_DEFAULTS.grace_s,
+    show_default=True,
+    help="Seconds from a stop signal until the job must have saved itself and ended.",
+)
+@click.option(
+    "--max-restarts",
+    "restarts_max",
+    type=click.IntRange(min=0),
+    default=_DEFAULTS.restarts_max,
+    show_default=True,
+    help="Failures without progress between them before giving up.",
+)
+@click.option("--fresh", is_flag=True, help="Start over; the old run is renamed and kept.")
+@click.option(
+    "--accept-changes", is_flag=True, help="Go on although the command or directory changed."
+)
+@click.option(
+    "--flush-signal",
+    metavar="NAME",
+    help="For commands without ckptd.attach: the signal that has them save and leave, such as USR1.",
+)
+@click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
+def command(
+    argv: tuple[str, ...],
+    name: str | None,
+    directory: Path,
+    flush_signal: str | None,
+    *,
+    fresh: bool,
+    accept_changes: bool,
+    **settings: Any,
+) -> int:
+    """Start COMMAND, save it when it is interrupted, and start it again until it has finished.
+
+    The same line again continues the run. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C: save and leave (exit
+    code 75). SIGUSR2: save and go on.
+
+    \b
+    Exit codes: 0 finished · 64 bad usage · 69 it runs already · 70 gave up, a person must look
+    74 could not save the newest state, an older checkpoint stands · 75 interrupted, start me again
+    """  # noqa: D301  # \b is click's mark for a paragraph that is not rewrapped
+    backoff_s = float(os.environ.get("CKPTD_BACKOFF", _DEFAULTS.backoff_s))
+    policy = Policy(**settings, backoff_s=backoff_s, flush_signal=_signal_number(flush_signal))
+    _check_command(argv[0])
+    terminal = Terminal()
+    run = Run(directory / runs.check_name(name or runs.default_name(argv, os.environ)))
+    if fresh and (run.path / "lock").exists():
+        # Never rename a directory under a supervisor that works in it.
+        os.close(runs.lock(run, grace_s=policy.grace_s, say=terminal.say))
+        terminal.say(f"starting over; the old run is kept as {runs.set_old_aside(run)}")
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock = runs.lock(run, grace_s=policy.grace_s, say=terminal.say)
+    now = runs.describe_job(run.path.name, argv, Path.cwd(), os.environ, __version__)
+    _record(run, now, accept_changes=accept_changes)
+    if _finished(run):
+        terminal.say(f"the run {run.path.name!r} has finished; start over with --fresh")
+        return 0
+    return Loop(run, policy, lock, RealClock(), terminal).run()
+
+
+def _record(run: Run, now: JobFile, *, accept_changes: bool) -> None:
+    """Write what a first launch says; hold a later one against it."""
+    before = run.job()
+    if before is None:
+        run.write(now)
+        return
+    if not accept_changes:
+        runs.check_unchanged(before, now)
+    run.write(msgspec.structs.replace(before, argv=now.argv, cwd=now.cwd))
+
+
+def _finished(run: Run) -> bool:
+    return any(event["event"] == "finished" for event in journal.read(run.journal))
+
+
+def _check_command(word: str) -> None:
+    if shutil.which(word) is None:
+        raise UsageError(
+            f"command not found or not executable: {word!r} (looked in PATH and in {Path.cwd()})"
+        )
+
+
+def _signal_number(name: str | None) -> int | None:
+    if name is None:
+        return None
+    try:
+        return int(signal.Signals[f"SIG{name.upper().removeprefix('SIG')}"])
+    except KeyError:
+        raise UsageError(f"--flush-signal {name}: there is no such signal") from None

@@ -1,0 +1,63 @@
+"""`ckptd`: finds the command's file, and turns errors into one message and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Final, NoReturn
+
+import click
+
+from ckptd import __version__
+from ckptd.errors import CkptdError, UsageError
+
+#: In the order in which a user meets them; each is a file beside this one.
+_COMMANDS: Final = {
+    "launch": "Start a command, and start it again until it has finished.",
+    "status": "What runs, how far it is, and what is durable.",
+    "logs": "A run's output over all attempts.",
+    "checkpoint": "Have a running job make a checkpoint now.",
+    "stop": "Have a running job save itself and leave.",
+    "ls": "Runs, or the checkpoints of one.",
+    "show": "What a checkpoint holds.",
+    "verify": "Read a checkpoint to the last bit and compare it with its sums.",
+}
+
+
+class _Commands(click.Group):
+    """Loads a command's file only when it is asked for: `launch` must start fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        command = importlib.import_module(f"ckptd.cli.{cmd_name}").command
+        assert isinstance(command, click.Command), "each file has one"
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ckptd")
+def cli() -> None:
+    """PyTorch jobs that continue, bitwise, as if they had never been interrupted."""
+
+
+def main() -> NoReturn:
+    """Run the command line; exits with the code that the README's table explains."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(UsageError.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except CkptdError as error:
+        print(f"ckptd: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(code or 0)

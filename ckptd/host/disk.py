@@ -1,0 +1,123 @@
+"""The file operations that the store needs, each of which can fail and each of which can be the last.
+
+Rules:
+
+1. An operation does one thing. What must survive a power cut is synced by a call of its own, so that
+   the order of writes and syncs is the store's, to be read there and to be enumerated by the tests.
+2. Nothing here follows a symbolic link in the last part of a path, and only regular files are read.
+3. Errors are plain `OSError`s; the store says what they mean for the user.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Protocol
+
+#: What a file's content may be given as, and read as.
+Content = bytes | bytearray | memoryview | mmap.mmap
+
+
+class Disk(Protocol):
+    """A file system, real or simulated."""
+
+    def make_directory(self, path: Path) -> None:
+        """Create a directory whose parent exists; FileExistsError when it is there."""
+
+    def write(self, path: Path, content: Content) -> None:
+        """Create a file that is not there yet and write all of its content. Not synced."""
+
+    def sync(self, path: Path) -> None:
+        """Make a file's content durable."""
+
+    def sync_directory(self, path: Path) -> None:
+        """Make a directory's entries durable."""
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename within a file system; never replaces a directory that has something in it."""
+
+    def remove(self, path: Path) -> None:
+        """Remove a file."""
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory and everything in it."""
+
+    def names(self, path: Path) -> list[str]:
+        """The names in a directory, sorted; none when there is no such directory."""
+
+    def size(self, path: Path) -> int:
+        """The length of a regular file in bytes."""
+
+    def read(self, path: Path) -> Content:
+        """The content of a regular file; a mapping of it where that is cheaper."""
+
+
+class RealDisk:
+    """The operating system's file system; see `Disk` for what each operation does."""
+
+    def make_directory(self, path: Path) -> None:
+        path.mkdir()
+
+    def write(self, path: Path, content: Content) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o644)
+        try:
+            with memoryview(content) as whole:
+                rest = whole.cast("B")
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+                rest.release()
+        finally:
+            os.close(descriptor)
+
+    def sync(self, path: Path) -> None:
+        _sync(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+    def sync_directory(self, path: Path) -> None:
+        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def rename(self, source: Path, target: Path) -> None:
+        source.rename(target)
+
+    def remove(self, path: Path) -> None:
+        path.unlink()
+
+    def remove_tree(self, path: Path) -> None:
+        shutil.rmtree(path)
+
+    def names(self, path: Path) -> list[str]:
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
+
+    def size(self, path: Path) -> int:
+        return _regular(path, os.lstat(path)).st_size
+
+    def read(self, path: Path) -> Content:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            length = _regular(path, os.fstat(descriptor)).st_size
+            if length == 0:
+                return b""
+            return mmap.mmap(descriptor, length, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptor)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _regular(path: Path, found: os.stat_result) -> os.stat_result:
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return found

@@ -1,0 +1,39 @@
+"""Memory that is shared between processes: memfds, which have no name and vanish with their last user.
+
+A container's /dev/shm may be small, and Python's resource tracker unlinks named segments when one of
+their users dies; a memfd knows neither.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+
+def make(name: str, length: int) -> int:
+    """A memfd of `length` zero bytes; the caller closes it."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, length)
+    return descriptor
+
+
+def shared(descriptor: int, length: int) -> memoryview:
+    """A memfd's bytes, writable, shared with everyone who maps it; lives as long as it is used."""
+    return memoryview(mmap.mmap(descriptor, length))
+
+
+@contextmanager
+def pieces(descriptor: int, places: Mapping[str, slice]) -> Iterator[dict[str, memoryview]]:
+    """Named pieces of a memfd's bytes, read-only, while the context lasts."""
+    length = os.fstat(descriptor).st_size
+    with mmap.mmap(descriptor, length, prot=mmap.PROT_READ) as memory:
+        whole = memoryview(memory)
+        views = {name: whole[place] for name, place in places.items()}
+        try:
+            yield views
+        finally:
+            for view in views.values():
+                view.release()
+            whole.release()

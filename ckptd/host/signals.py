@@ -1,0 +1,61 @@
+"""Signals as facts in a queue.
+
+A handler enqueues the number and returns; what a signal means is decided elsewhere, in order. Python's
+wakeup descriptor does the enqueueing: a byte for each signal, written by the C handler.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+from types import FrameType
+from typing import Final
+
+_WATCHED: Final = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+
+
+class Signals:
+    """The signals that mean something to a supervisor, from now until `close`.
+
+    A SIGHUP that was ignored when we were started (nohup) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._before_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._before = {
+            number: signal.signal(number, _enqueued)
+            for number in _WATCHED
+            if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN)
+        }
+
+    def fileno(self) -> int:
+        """Readable when a signal came."""
+        return self._reader.fileno()
+
+    def take(self) -> list[int]:
+        """The numbers of the signals that came, in order."""
+        try:
+            return [number for number in self._reader.recv(4096) if number in self._before]
+        except BlockingIOError:
+            return []
+
+    def close(self) -> None:
+        """Put everything back."""
+        signal.set_wakeup_fd(self._before_fd)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._reader.close()
+        self._writer.close()
+
+
+def _enqueued(number: int, frame: FrameType | None) -> None:
+    """Python wrote the number to the wakeup descriptor already."""

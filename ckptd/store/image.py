@@ -1,0 +1,93 @@
+"""How tensors lie in a safetensors file: its header, and where each tensor's bytes begin.
+
+The format (safetensors, "Format"): eight bytes with the header's length, the header (JSON, padded with
+spaces), then the tensors' bytes without gaps. Here the header is padded so that the first tensor begins
+at a multiple of 64 bytes, and tensors are laid out by falling element size, so that each begins at a
+multiple of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+_ALIGNMENT: Final = 64
+_LENGTH_BYTES: Final = 8
+
+#: Bytes of one element, by safetensors' name of its type.
+ELEMENT_BYTES: Final = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One tensor: its name, safetensors' name of its type, its shape, its length in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    length: int
+
+
+class Image(msgspec.Struct, frozen=True):
+    """A file's layout.
+
+    Attributes:
+        header: the first bytes of the file.
+        offsets: where each tensor begins in the file, in the order in which they were given.
+        length: of the whole file, in bytes.
+    """
+
+    header: bytes
+    offsets: list[int]
+    length: int
+
+
+def layout(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> Image:
+    """Lay out a file.
+
+    Args:
+        tensors: with names that differ.
+        metadata: strings for the header's `__metadata__`.
+
+    Raises:
+        ValueError: two tensors of one name, or a length that is not that of the shape.
+    """
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise ValueError("two tensors of one name in one file")
+    order = sorted(range(len(tensors)), key=lambda i: -ELEMENT_BYTES[tensors[i].dtype])
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins = [0] * len(tensors)
+    end = 0
+    for i in order:
+        tensor = tensors[i]
+        _check(tensor)
+        begins[i], end = end, end + tensor.length
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [begins[i], end],
+        }
+    text = msgspec.json.encode(header)
+    text += b" " * (-(len(text) + _LENGTH_BYTES) % _ALIGNMENT)
+    start = _LENGTH_BYTES + len(text)
+    return Image(
+        len(text).to_bytes(_LENGTH_BYTES, "little") + text,
+        [start + begin for begin in begins],
+        start + end,
+    )
+
+
+def _check(tensor: TensorSpec) -> None:
+    elements = 1
+    for n in tensor.shape:
+        elements *= n
+    if elements * ELEMENT_BYTES[tensor.dtype] != tensor.length:
+        raise ValueError(
+            f"{tensor.name}: {tensor.dtype} {list(tensor.shape)} is not {tensor.length} bytes long"
+        )

@@ -1,0 +1,118 @@
+"""A checkpoint's manifest: the name, length and xxh3-128 of every other file in its directory.
+
+The manifest carries a sum of itself, so that no digit of it can change unseen. What `decode` accepts
+is well-formed; whether the files are what it says is `store.verify`'s to find out.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import msgspec
+import xxhash
+
+from ckptd.errors import DamagedError
+
+NAME: Final = "manifest.json"
+FORMAT: Final = 1
+
+_FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_SUM: Final = re.compile(r"[0-9a-f]{32}")
+_FILES_MAX: Final = 100_000
+_LENGTH_MAX: Final = 2**60
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file: its length in bytes and its xxh3-128 in hexadecimal digits."""
+
+    length: int
+    xxh3_128: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a checkpoint's directory must hold.
+
+    Attributes:
+        step: items of innermost loops that were done.
+        attempt: the number of the attempt that wrote it.
+        created: seconds since 1970, a label for people.
+    """
+
+    format: int
+    step: int
+    attempt: int
+    created: float
+    files: dict[str, File]
+
+
+class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
+    manifest: msgspec.Raw
+    xxh3_128: str
+
+
+class _Versioned(msgspec.Struct):
+    format: int
+
+
+def sum_of(content: bytes | bytearray | memoryview) -> str:
+    """The xxh3-128 of some bytes, as it stands in a manifest."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest file's content.
+
+    Raises:
+        ValueError: a file name that `decode` would refuse.
+    """
+    for name in manifest.files:
+        if not is_file_name(name):
+            raise ValueError(f"{name!r} can't be a file of a checkpoint")
+    body = msgspec.json.encode(manifest)
+    return msgspec.json.encode(_Sealed(msgspec.Raw(body), sum_of(body)))
+
+
+def decode(content: bytes, where: str) -> Manifest:
+    """Read a manifest file.
+
+    Args:
+        content: the file's bytes.
+        where: its path, for errors.
+
+    Raises:
+        DamagedError: says what was found and what was expected.
+    """
+    try:
+        sealed = msgspec.json.decode(content, type=_Sealed)
+        body = bytes(sealed.manifest)
+        if sum_of(body) != sealed.xxh3_128:
+            raise DamagedError(
+                f"{where}: its sum is {sum_of(body)}, it says {sealed.xxh3_128}: it was changed"
+            )
+        found = msgspec.json.decode(body, type=_Versioned).format
+        if found != FORMAT:
+            raise DamagedError(
+                f"{where}: format {found}, this ckptd reads format {FORMAT} (written by another "
+                "version?)"
+            )
+        manifest = msgspec.json.decode(body, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DamagedError(f"{where}: not a manifest: {error}") from error
+    _check(manifest, where)
+    return manifest
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a checkpoint's file may be called so: no path, nothing hidden, not the manifest."""
+    return bool(_FILE_NAME.fullmatch(name)) and name != NAME
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    if manifest.step < 0 or manifest.attempt < 0 or len(manifest.files) > _FILES_MAX:
+        raise DamagedError(f"{where}: step, attempt or the number of files is out of range")
+    for name, file in manifest.files.items():
+        if not is_file_name(name):
+            raise DamagedError(f"{where}: lists a file {name!r}, which is no file name here")
+        if not 0 <= file.length <= _LENGTH_MAX or not _SUM.fullmatch(file.xxh3_128):
+            raise DamagedError(f"{where}: {name}: length or sum is out of range")

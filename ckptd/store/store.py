@@ -1,0 +1,260 @@
+"""Publish, find, verify and drop checkpoints.
+
+Rules (FORMAT.md has them as invariants of what is on the disk):
+
+1. A directory with a checkpoint's name is whole: it got its name by a rename, after everything in it
+   was synced.
+2. Nothing is dropped before something newer is durable.
+3. What was read was verified: every file's length and sum are those of the manifest.
+4. What is damaged is set aside under another name and kept; the next older one is used.
+5. A failing operation leaves what was there before as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptd.errors import DamagedError, NotDurableError
+from ckptd.host.disk import Content, Disk
+from ckptd.store import manifest as manifests
+from ckptd.store import retention
+from ckptd.store.manifest import File, Manifest
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is durable."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        """Items of innermost loops that were done."""
+        return self.manifest.step
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A damaged checkpoint: where it is kept now, and what is wrong with it."""
+
+    path: Path
+    why: str
+
+
+def publish(
+    disk: Disk,
+    checkpoints: Path,
+    *,
+    step: int,
+    attempt: int,
+    files: Mapping[str, Content],
+    outputs: Iterable[Path],
+    created: float,
+    fence: Callable[[], None],
+) -> Checkpoint:
+    """Make a checkpoint durable. When this returns, no crash and no power cut can lose it.
+
+    Args:
+        disk: where to.
+        checkpoints: the directory of all checkpoints of the run; created when missing.
+        step: items of innermost loops that are done.
+        attempt: this attempt's number.
+        files: content by file name.
+        outputs: files elsewhere whose length the checkpoint counts on; synced before it.
+        created: seconds since 1970, a label for people.
+        fence: called right before the checkpoint becomes visible; raises FencedError when this
+            attempt may not publish any more.
+
+    Raises:
+        NotDurableError: the disk refused; says what it was asked and what for.
+        FencedError: from `fence`.
+    """
+    total = sum(len(memoryview(content).cast("B")) for content in files.values())
+    try:
+        for output in outputs:
+            # After a power cut an output must be at least as long as the checkpoint says.
+            _sync_if_there(disk, output)
+        _prepare(disk, checkpoints)
+        name = retention.name_for(step, disk.names(checkpoints))
+        temporary = checkpoints / f"{retention.TEMPORARY}{name}-{attempt}"
+        if temporary.name in disk.names(checkpoints):
+            disk.remove_tree(temporary)
+        disk.make_directory(temporary)
+    except OSError as error:
+        raise _refused(error, checkpoints, total) from error
+    try:
+        return _publish(disk, temporary, checkpoints / name, step, attempt, files, created, fence)
+    except BaseException as error:
+        _discard(disk, temporary)
+        if isinstance(error, OSError):
+            raise _refused(error, temporary, total) from error
+        raise
+
+
+def _publish(
+    disk: Disk,
+    temporary: Path,
+    target: Path,
+    step: int,
+    attempt: int,
+    files: Mapping[str, Content],
+    created: float,
+    fence: Callable[[], None],
+) -> Checkpoint:
+    sums = {}
+    for name, content in files.items():
+        # A crash while writing leaves a temporary directory, which nobody reads.
+        disk.write(temporary / name, content)
+        view = memoryview(content).cast("B")
+        sums[name] = File(len(view), manifests.sum_of(view))
+    for name in files:
+        # A power cut after the rename must not find files that are empty or torn.
+        disk.sync(temporary / name)
+    manifest = Manifest(manifests.FORMAT, step, attempt, created, sums)
+    # The manifest is last: without it a directory is no checkpoint, whatever its name.
+    disk.write(temporary / manifests.NAME, manifests.encode(manifest))
+    disk.sync(temporary / manifests.NAME)
+    # A power cut after the rename must find all the names, not only the files' content.
+    disk.sync_directory(temporary)
+    # An old copy of the job, on a machine that was given up, stops here.
+    fence()
+    # Whole or not at all: a crash before this line leaves the older checkpoint as the newest.
+    disk.rename(temporary, target)
+    # A power cut after the receipt must find the new name.
+    disk.sync_directory(target.parent)
+    return Checkpoint(target, manifest)
+
+
+def newest(disk: Disk, checkpoints: Path) -> tuple[Checkpoint | None, list[SetAside]]:
+    """The newest sound checkpoint; damaged ones that are newer are set aside.
+
+    Returns:
+        The checkpoint (None: there is none), verified to the last bit, and what was set aside.
+
+    Raises:
+        OSError: the disk refused to be read, or to set aside.
+    """
+    set_aside: list[SetAside] = []
+    for name in retention.newest_first(disk.names(checkpoints)):
+        path = checkpoints / name
+        try:
+            return Checkpoint(path, verify(disk, path)), set_aside
+        except DamagedError as error:
+            set_aside.append(SetAside(_set_aside(disk, path), str(error)))
+    return None, set_aside
+
+
+def verify(disk: Disk, path: Path) -> Manifest:
+    """Read all of a checkpoint and compare it with its manifest.
+
+    Raises:
+        DamagedError: names the file, what was found and what was expected.
+        OSError: the disk can't be read (which is not the checkpoint's damage).
+    """
+    names = disk.names(path)
+    if manifests.NAME not in names:
+        raise DamagedError(f"{path}: has no {manifests.NAME}: it is no whole checkpoint")
+    manifest = manifests.decode(
+        bytes(_read(disk, path / manifests.NAME)), str(path / manifests.NAME)
+    )
+    order = retention.order_of(path.name)
+    if order is not None and order[0] != manifest.step:
+        raise DamagedError(f"{path}: its manifest says step {manifest.step}: it was renamed")
+    for name, expected in manifest.files.items():
+        if name not in names:
+            raise DamagedError(f"{path / name}: missing; expected {expected.length} bytes")
+        with memoryview(_read(disk, path / name)) as content:
+            if len(content) != expected.length:
+                raise DamagedError(
+                    f"{path / name}: {len(content)} bytes, expected {expected.length}"
+                )
+            found = manifests.sum_of(content)
+        if found != expected.xxh3_128:
+            raise DamagedError(
+                f"{path / name}: its xxh3-128 is {found}, expected {expected.xxh3_128}: "
+                "its content was changed"
+            )
+    return manifest
+
+
+def prune(disk: Disk, checkpoints: Path, keep: int) -> list[str]:
+    """Drop all but the `keep` newest checkpoints, and what crashes left behind.
+
+    To be called right after a publish: the newest one is then known to be sound. A checkpoint is
+    renamed before it is deleted, so that a crash in between never leaves half of one under its name.
+
+    Returns:
+        The names of the dropped checkpoints.
+
+    Raises:
+        OSError: the disk refused; the newest ones are untouched.
+    """
+    names = disk.names(checkpoints)
+    leftovers = [n for n in names if n.startswith((retention.DROPPED, retention.TEMPORARY))]
+    for name in leftovers:
+        disk.remove_tree(checkpoints / name)
+    dropped = retention.to_drop(names, keep)
+    for name in dropped:
+        disk.rename(checkpoints / name, checkpoints / f"{retention.DROPPED}{name}")
+    if dropped:
+        # Without it a power cut could bring back the name of a directory that is half deleted.
+        disk.sync_directory(checkpoints)
+    for name in dropped:
+        disk.remove_tree(checkpoints / f"{retention.DROPPED}{name}")
+    return dropped
+
+
+def _prepare(disk: Disk, checkpoints: Path) -> None:
+    if checkpoints.name not in disk.names(checkpoints.parent):
+        disk.make_directory(checkpoints)
+    # Always: an earlier attempt may have crashed between the two.
+    disk.sync_directory(checkpoints.parent)
+
+
+def _sync_if_there(disk: Disk, path: Path) -> None:
+    try:
+        disk.sync(path)
+    except FileNotFoundError:
+        return  # the script removed its own output; it is told so when it resumes
+
+
+def _set_aside(disk: Disk, path: Path) -> Path:
+    taken = set(disk.names(path.parent))
+    name, number = f"{path.name}{retention.DAMAGED}", 2
+    while name in taken:
+        name, number = f"{path.name}{retention.DAMAGED}-{number}", number + 1
+    disk.rename(path, path.parent / name)
+    disk.sync_directory(path.parent)
+    return path.parent / name
+
+
+def _read(disk: Disk, path: Path) -> Content:
+    """A file's content; that it is no regular file is damage, that it can't be read is not."""
+    try:
+        disk.size(path)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DamagedError(f"{path}: {error.strerror}") from error
+    except OSError as error:
+        if error.strerror == "not a regular file":
+            raise DamagedError(f"{path}: not a regular file") from error
+        raise
+    return disk.read(path)
+
+
+def _discard(disk: Disk, temporary: Path) -> None:
+    """Remove what a failed publish wrote, to give the space back; the failure itself is raised."""
+    try:
+        disk.remove_tree(temporary)
+    except OSError:
+        return  # it has a temporary name: nobody reads it, and the next prune removes it
+
+
+def _refused(error: OSError, path: Path, total: int) -> NotDurableError:
+    return NotDurableError(
+        error.errno,
+        f"{error.strerror or error} (a checkpoint of {total} bytes; older ones are untouched)",
+        str(error.filename or path),
+    )

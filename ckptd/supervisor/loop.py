@@ -1,0 +1,552 @@
+"""The loop: tells the machine facts and carries out its actions.
+
+Rules:
+
+1. Nothing is decided here. What happens to the job is the machine's; the loop knows processes, sockets
+   and files, and in which order to touch them.
+2. It sleeps until a descriptor is readable or the machine's deadline comes, whichever is first.
+3. The command's output passes through: into the run's log and on to our standard output, as it comes.
+4. Whatever ends the loop, the command's tree is dead and the socket is gone when it returns.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from ckptd import wire
+from ckptd.errors import ProtocolError
+from ckptd.host import children, memory
+from ckptd.host.children import Child
+from ckptd.host.clock import Clock
+from ckptd.host.disk import RealDisk
+from ckptd.host.signals import Signals
+from ckptd.store import fence, store
+from ckptd.supervisor import machine
+from ckptd.supervisor.journal import Journal
+from ckptd.supervisor.policy import Exit, Policy
+from ckptd.supervisor.run import Run, SupervisorFile, boot_id, environment_for
+from ckptd.supervisor.server import Peer, Server, close_all
+from ckptd.supervisor.terminal import Terminal
+from ckptd.supervisor.writer import Done, Job, Writer
+
+_CHUNK: Final = 1 << 16
+_TREE_POLL_S: Final = 0.02
+_GLANCE_S: Final = 1.0  # how often the terminal's line and the rate are brought up to date
+_LAST_LINES: Final = 20
+_RATE_WINDOW: Final = 30
+
+
+@dataclass
+class _Attempt:
+    """What belongs to one start of the command."""
+
+    number: int
+    child: Child
+    output: int  # read end of its output pipe
+    page_fd: int
+    page: wire.StatusPage
+    checkpoint: Path | None
+    worker: Peer | None = None
+    had_worker: bool = False
+
+
+class Loop:
+    """Supervises one run from the first start to an exit code.
+
+    Args:
+        run: its directory, with job.json written.
+        policy: what the user set.
+        lock: the descriptor of the run's lock.
+        clock: the time.
+        terminal: where the user is told things.
+    """
+
+    def __init__(
+        self, run: Run, policy: Policy, lock: int, clock: Clock, terminal: Terminal
+    ) -> None:
+        job = run.job()
+        assert job is not None, "written by launch"
+        self._run, self._job, self._policy, self._lock = run, job, policy, lock
+        self._clock, self._terminal = clock, terminal
+        self._disk = RealDisk()
+        self._journal = Journal(run.journal, clock.wall_s, terminal.say)
+        self._selector = selectors.DefaultSelector()
+        self._signals = Signals()
+        self._server = Server()
+        self._attempt: _Attempt | None = None
+        self._number = 0
+        self._writer = Writer(
+            self._disk, run.path, lambda: self._number, policy.keep, clock.wall_s, terminal.say
+        )
+        self._held: dict[int, Job] = {}
+        self._askers: list[Peer] = []
+        self._stop_askers: list[Peer] = []
+        self._code: int | None = None
+        self._last_lines: deque[bytes] = deque(maxlen=_LAST_LINES)
+        self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
+        self._durable_at_s: float | None = None
+        self._restarts = 0
+        self._last_failure = ""
+        newest = self._newest()
+        self._state = machine.begin(
+            policy,
+            clock.now_s(),
+            durable_step=None if newest is None else newest.step,
+            ever_attached=job.facts is not None,
+        )
+
+    def run(self) -> int:
+        """Supervise until the end; the exit code of `ckptd launch`."""
+        children.become_subreaper()
+        self._watch(self._signals, self._signals_came)
+        self._watch(self._server, self._somebody_connected)
+        self._watch(self._writer, self._write_ended)
+        self._note_supervisor()
+        try:
+            while self._code is None:
+                self._turn()
+            return self._code
+        finally:
+            self._close()
+
+    # -------------------------------------------------------------- one turn
+
+    def _turn(self) -> None:
+        for key, _ in self._selector.select(self._sleep_s()):
+            key.data()
+        if self._code is not None:
+            return
+        now_s = self._clock.now_s()
+        if isinstance(self._state.phase, machine.Ending):
+            child = None if self._attempt is None else self._attempt.child
+            if children.tree_is_gone(child):
+                self._end_attempt()
+                self._tell(machine.TreeGone())
+            else:
+                children.kill_tree()  # what was forked while the others were killed
+        due_s = machine.deadline(self._state)
+        if due_s is not None and now_s >= due_s:
+            self._tell(machine.Ticked(self._step()))
+        self._glance(now_s)
+
+    def _sleep_s(self) -> float | None:
+        due_s = machine.deadline(self._state)
+        sleep_s = None if due_s is None else max(0.0, due_s - self._clock.now_s())
+        if isinstance(self._state.phase, machine.Ending):
+            return min(_TREE_POLL_S, sleep_s or 0.0)
+        return _GLANCE_S if sleep_s is None else min(sleep_s, _GLANCE_S)
+
+    def _tell(self, fact: machine.Fact) -> None:
+        self._state, actions = machine.step(self._state, fact, self._clock.now_s())
+        for action in actions:
+            self._do(action)
+
+    def _watch(self, source: Any, react: Callable[[], None]) -> None:
+        self._selector.register(source, selectors.EVENT_READ, react)
+
+    # -------------------------------------------------------------- actions
+
+    def _do(self, action: machine.Action) -> None:  # one line an action
+        attempt = self._attempt
+        match action:
+            case machine.Spawn():
+                self._spawn()
+            case machine.Request(serial, leave):
+                request = wire.Request.LEAVE if leave else wire.Request.FLUSH
+                assert attempt is not None, "a worker is attached"
+                attempt.page.words[wire.WORD_REQUEST] = wire.request_word(serial, request)
+            case machine.PassSignal(number):
+                if attempt is not None:
+                    attempt.child.signal(number)
+            case machine.Publish(generation):
+                self._writer.publish(self._held[generation])
+            case machine.Forget(generation):
+                job = self._held.pop(generation, None)
+                if job is not None:
+                    os.close(job.descriptor)
+            case machine.Receipt(generation, why):
+                self._receipt(generation, why)
+            case machine.Answer(ok, text):
+                for peer in self._askers:
+                    peer.send(wire.Answer(ok, text, {}))
+                self._askers.clear()
+            case machine.KillTree():
+                children.kill_tree()
+            case machine.Note(event, fields):
+                self._journal.write(event, **fields)
+            case machine.Say(text):
+                self._terminal.say(text)
+            case machine.End(code):
+                self._end(code)
+
+    def _spawn(self) -> None:
+        """Start the command as a new attempt, from the newest sound checkpoint."""
+        newest = self._newest()
+        self._number = fence.claim(
+            self._disk, self._run.path, f"{os.uname().nodename} {os.getpid()}\n"
+        )
+        environment, said = environment_for(self._job, os.environ)
+        environment[wire.ENV_SOCKET] = self._server.address
+        if said:
+            self._terminal.say(said)
+        output, write_end = os.pipe2(os.O_CLOEXEC)
+        try:
+            child = Child(
+                self._job.argv,
+                cwd=Path(self._job.cwd),
+                environment=environment,
+                output=write_end,
+                inherited=[self._lock],
+            )
+        except OSError as error:
+            os.close(output)
+            why = f"could not start {self._job.argv[0]!r}: {error.strerror}"
+            self._tell(machine.SpawnFailed(why))
+            return
+        finally:
+            os.close(write_end)
+        page_fd = memory.make("ckptd-status", wire.PAGE_BYTES)
+        page = wire.StatusPage(memory.shared(page_fd, wire.PAGE_BYTES))
+        checkpoint = None if newest is None else newest.path
+        self._attempt = _Attempt(self._number, child, output, page_fd, page, checkpoint)
+        self._samples.clear()
+        self._last_lines.clear()
+        self._restarts += self._number > 1
+        self._watch(child, self._child_ended)
+        self._selector.register(output, selectors.EVENT_READ, self._output_came)
+        self._note_supervisor()
+        step = None if newest is None else newest.step
+        self._journal.write("started", attempt=self._number, pid=child.pid, step=step)
+        at = "from the beginning" if step is None else f"from step {step}"
+        self._terminal.say(f"run {self._job.name!r}, attempt {self._number}, {at}")
+        self._tell(machine.Spawned())
+
+    def _receipt(self, generation: int, why: str | None) -> None:
+        if self._attempt is None or self._attempt.worker is None:
+            return
+        message = wire.Durable(generation) if why is None else wire.NotDurable(generation, why)
+        self._attempt.worker.send(message)
+
+    def _end(self, code: int) -> None:
+        if code == Exit.GAVE_UP:
+            self._terminal.report(list(self._last_lines), self._run)
+        for peer in (*self._askers, *self._stop_askers):
+            durable = self._state.ledger.durable_step
+            text = f"the job ended with exit code {code}; newest durable step: {durable}"
+            peer.send(wire.Answer(code in (Exit.FINISHED, Exit.INTERRUPTED), text, {}))
+        self._code = code
+
+    def _end_attempt(self) -> None:
+        """Take what is left of the output, and let go of the attempt."""
+        attempt = self._attempt
+        if attempt is None:
+            return
+        self._drain_output(attempt)
+        self._drop_worker()
+        for source in (attempt.child, attempt.output):
+            self._forget(source)
+        attempt.child.close()
+        attempt.page.close()
+        for descriptor in (attempt.output, attempt.page_fd):
+            os.close(descriptor)
+        self._attempt = None
+
+    def _newest(self) -> store.Checkpoint | None:
+        """The newest sound checkpoint; what is damaged is set aside and said."""
+        newest, set_aside = store.newest(self._disk, self._run.checkpoints)
+        for one in set_aside:
+            self._journal.write("set aside", path=one.path.name, why=one.why)
+            self._terminal.say(
+                f"a checkpoint is damaged and was set aside as {one.path}: {one.why}"
+            )
+        if set_aside:
+            using = "starting over" if newest is None else f"using the older step {newest.step}"
+            self._terminal.say(using)
+        return newest
+
+    # -------------------------------------------------------------- facts
+
+    def _signals_came(self) -> None:
+        for number in self._signals.take():
+            self._tell(machine.Signalled(number))
+
+    def _child_ended(self) -> None:
+        attempt = self._attempt
+        assert attempt is not None, "only then is it watched"
+        code = attempt.child.exit_code()
+        if code is not None:
+            self._forget(attempt.child)
+            self._hear_worker_out(attempt)
+            if code != 0:
+                self._last_failure = f"exit status {code}" if code > 0 else f"signal {-code}"
+            self._tell(machine.Exited(code, self._step()))
+
+    def _hear_worker_out(self, attempt: _Attempt) -> None:
+        """What the worker sent before it died counts, whichever descriptor was looked at first."""
+        while attempt.worker is not None and _readable(attempt.worker):
+            self._worker_spoke()
+
+    def _write_ended(self) -> None:
+        done: Done = self._writer.take()
+        if done.why is None:
+            self._durable_at_s = self._clock.now_s()
+            self._tell(machine.Published(done.generation, done.step))
+        else:
+            self._tell(machine.PublishFailed(done.generation, done.why, done.fenced))
+
+    def _output_came(self) -> None:
+        attempt = self._attempt
+        assert attempt is not None, "only then is it watched"
+        chunk = os.read(attempt.output, _CHUNK)
+        if chunk:
+            self._pass_on(chunk)
+        else:
+            self._forget(attempt.output)
+
+    def _drain_output(self, attempt: _Attempt) -> None:
+        while _readable(attempt.output) and (chunk := os.read(attempt.output, _CHUNK)):
+            self._pass_on(chunk)
+
+    def _pass_on(self, chunk: bytes) -> None:
+        self._last_lines.extend(chunk.splitlines())
+        try:
+            with self._run.log.open("ab", buffering=0) as log:
+                log.write(chunk)
+        except OSError as error:
+            self._terminal.say_once(f"the log {self._run.log} can't be written: {error.strerror}")
+        self._terminal.pass_on(chunk)
+
+    # -------------------------------------------------------------- the socket
+
+    def _somebody_connected(self) -> None:
+        peer = self._server.accept()
+        self._watch(peer, lambda: self._introduce(peer))
+
+    def _introduce(self, peer: Peer) -> None:
+        """The first message says who it is."""
+        self._forget(peer)
+        try:
+            received = peer.receive()
+        except ProtocolError as error:
+            self._terminal.say(str(error))
+            received = None
+        if received is None:
+            peer.close()
+            return
+        message, descriptors = received
+        close_all(descriptors)
+        if isinstance(message, wire.Hello):
+            self._welcome(peer, message)
+        elif isinstance(message, wire.Ask):
+            self._asked(peer, message)
+        else:
+            peer.close()
+
+    def _welcome(self, peer: Peer, hello: wire.Hello) -> None:
+        attempt = self._attempt
+        why = None
+        if hello.protocol != wire.PROTOCOL:
+            why = f"it speaks protocol {hello.protocol}, this supervisor {wire.PROTOCOL}"
+        elif attempt is None or attempt.had_worker:
+            why = "another process of this attempt has attached already (one script, one job)"
+        if why is not None or attempt is None:
+            peer.send(wire.TurnedAway(why or "no attempt runs"))
+            peer.close()
+            return
+        if self._job.facts is None:
+            self._job = msgspec.structs.replace(self._job, facts=hello.environment)
+            self._run.write(self._job)
+            first = None
+        else:
+            first = self._job.facts
+        checkpoint = None if attempt.checkpoint is None else str(attempt.checkpoint)
+        peer.send(
+            wire.Welcome(
+                self._job.name,
+                str(self._run.path),
+                attempt.number,
+                checkpoint,
+                first,
+                self._policy.keep,
+            ),
+            [attempt.page_fd, self._lock, attempt.output],
+        )
+        attempt.worker, attempt.had_worker = peer, True
+        self._watch(peer, self._worker_spoke)
+        self._journal.write("attached", attempt=attempt.number, pid=hello.pid)
+        self._tell(machine.WorkerAttached())
+
+    def _worker_spoke(self) -> None:
+        attempt = self._attempt
+        assert attempt is not None, "only then is it watched"
+        assert attempt.worker is not None, "the same"
+        try:
+            received = attempt.worker.receive()
+        except ProtocolError as error:
+            self._terminal.say(str(error))
+            return
+        if received is None:
+            self._drop_worker()
+            self._tell(machine.WorkerDetached())
+            return
+        message, descriptors = received
+        if isinstance(message, wire.Snapshot) and len(descriptors) == 1:
+            self._held[message.generation] = Job(message, descriptors[0])
+            asked = wire.serial_of(message.asked)
+            self._tell(machine.SnapshotCame(message.generation, message.step, asked))
+            return
+        close_all(descriptors)
+        self._heard(message)
+
+    def _heard(self, message: wire.ToSupervisor) -> None:
+        match message:
+            case wire.Standing(generation, asked):
+                self._tell(machine.Stood(generation, wire.serial_of(asked)))
+            case wire.Restored(step, seconds):
+                self._journal.write("restored", step=step, seconds=round(seconds, 3))
+            case wire.Notice(number):
+                self._tell(machine.Signalled(number))
+            case wire.Said(text):
+                self._journal.write("said", text=text)
+                self._terminal.say(text)
+            case wire.Refused(error, text):
+                self._journal.write("refused", error=error, text=text)
+                self._tell(machine.WorkerRefused(text))
+            case wire.Bye(finished):
+                self._tell(machine.WorkerSaidBye(finished))
+            case _:
+                self._terminal.say(f"the worker sent a {type(message).__name__}: ignored")
+
+    def _drop_worker(self) -> None:
+        attempt = self._attempt
+        if attempt is not None and attempt.worker is not None:
+            self._forget(attempt.worker)
+            attempt.worker.close()
+            attempt.worker = None
+
+    def _asked(self, peer: Peer, ask: wire.Ask) -> None:
+        if ask.what == "status":
+            peer.send(wire.Answer(ok=True, text=self._summary(), facts=self._facts()))
+            peer.close()
+        elif ask.what == "stop":
+            self._stop_askers.append(peer)
+            self._tell(machine.StopAsked())
+        elif ask.what == "checkpoint":
+            self._askers.append(peer)
+            self._tell(machine.CheckpointAsked())
+        else:
+            peer.send(wire.Answer(ok=False, text=f"unknown question {ask.what!r}", facts={}))
+            peer.close()
+
+    # -------------------------------------------------------------- looking at it
+
+    def _step(self) -> int:
+        return 0 if self._attempt is None else int(self._attempt.page.words[wire.WORD_STEP])
+
+    def _glance(self, now_s: float) -> None:
+        """Bring the rate and the terminal's line up to date, about once a second."""
+        if self._samples and now_s - self._samples[-1][0] < _GLANCE_S:
+            return
+        self._samples.append((now_s, self._step()))
+        self._terminal.progress(self._summary)
+
+    def _rate(self) -> float | None:
+        """Steps per second over the last samples."""
+        if len(self._samples) < 2:  # two points make a slope
+            return None
+        (then_s, then), (now_s, now) = self._samples[0], self._samples[-1]
+        return (now - then) / (now_s - then_s) if now > then else None
+
+    def _place(self) -> str:
+        if self._attempt is None:
+            return ""
+        parts = []
+        for loop in self._attempt.page.loops():
+            of = f"/{loop.length}" if loop.length else ""
+            parts.append(f"{min(loop.done + 1, loop.length or loop.done + 1)}{of}")
+        return " · ".join(parts)
+
+    def _facts(self) -> dict[str, str | int | float | None]:
+        ledger, now_s = self._state.ledger, self._clock.now_s()
+        age_s = None if self._durable_at_s is None else round(now_s - self._durable_at_s, 1)
+        rate = self._rate()
+        values = {} if self._attempt is None else self._attempt.page.values()
+        return {
+            "state": type(self._state.phase).__name__.lower(),
+            "attempt": self._number,
+            "step": self._step(),
+            "place": self._place(),
+            "rate": None if rate is None else round(rate, 3),
+            "durable step": ledger.durable_step,
+            "durable age s": age_s,
+            "restarts": self._restarts,
+            "last failure": self._last_failure or None,
+            "not durable because": ledger.failed,
+            **{f"log {name}": value for name, value in values.items()},
+        }
+
+    def _summary(self) -> str:
+        """One line for a person: "attached · 3/30 · 40/120 · step 400 · 12.3/s · durable 400"."""
+        facts = self._facts()
+        words = [str(facts["state"]), str(facts["place"] or ""), f"step {facts['step']}"]
+        if facts["rate"] is not None:
+            words.append(f"{facts['rate']:.3g} steps/s")
+        if facts["durable step"] is not None:
+            words.append(f"durable: step {facts['durable step']}")
+        return " · ".join(word for word in words if word)
+
+    # -------------------------------------------------------------- the small things
+
+    def _note_supervisor(self) -> None:
+        pid = os.getpid()
+        started = children.started_s(pid)
+        assert started is not None, "we run"
+        child = None if self._attempt is None else self._attempt.child.pid
+        self._run.write(
+            SupervisorFile(
+                pid=pid,
+                started=started,
+                host=os.uname().nodename,
+                boot=boot_id(),
+                socket=self._server.address,
+                child=child,
+                child_started=None if child is None else children.started_s(child),
+            )
+        )
+
+    def _forget(self, source: Any) -> None:
+        try:
+            self._selector.unregister(source)
+        except KeyError:
+            return  # it ended before: nobody watches it any more
+
+    def _close(self) -> None:
+        """However the loop ended: no process of the job outlives it."""
+        children.kill_tree()
+        if self._attempt is not None:
+            until_s = self._clock.now_s() + self._policy.kill_s
+            while not children.tree_is_gone(self._attempt.child) and self._clock.now_s() < until_s:
+                children.kill_tree()
+                self._selector.select(_TREE_POLL_S)
+            self._end_attempt()
+        self._terminal.progress(None)
+        self._run.forget_supervisor()
+        for peer in (*self._askers, *self._stop_askers):
+            peer.close()
+        self._server.close()
+        self._signals.close()
+        self._selector.close()
+
+
+def _readable(source: Any) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(source, selectors.EVENT_READ)
+        return bool(selector.select(0))

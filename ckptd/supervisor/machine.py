@@ -1,0 +1,1120 @@
+"""What the supervisor does next: `step(state, fact, now_s) -> (state, actions)`.
+
+Rules:
+
+1. Everything that decides lives here and in `policy`. The module is pure: no clock, no process, no
+   file. `loop` tells it facts, which are in the past tense, and carries out its actions, which are
+   orders.
+2. Every (phase, fact) pair has an answer in `_ANSWERS`; where a fact changes nothing, the answer says
+   why.
+3. There are no timers. `deadline(state)` says until when the loop may sleep; then it tells `Ticked`.
+   A phase that has a deadline ends at it.
+4. What is true in one phase only is a field of that phase.
+5. At most one snapshot is written at a time. `Ledger` knows what is held in memory, what is being
+   written and what is durable; only `_publish_due` starts a write.
+
+Theory of operation. A job's life is a chain of attempts:
+
+    Pausing ──► Unattached ──► Attached ──► Flushing ──► Leaving ──► Ending ──► Saving ──► Ended
+       ▲             │             │            │            │          │  ▲        │
+       └─────────────┴─────────────┴────────────┴────────────┴──────────┘  └────────┘
+                       (a failure: kill what is left, save what is held, pause, start again)
+
+- *Unattached*: the command runs and no worker of it has called `attach`. Maybe it is still importing,
+  maybe it never will: signals are passed on to it, since there is nothing else that it understands.
+- *Attached*: a worker runs. It is asked through its status page and never signalled.
+- *Flushing*: it was asked to flush and leave. Ends with a receipt, with its death, or at the deadline.
+- *Leaving*: the receipt was given; the processes have until the same deadline to end by themselves.
+- *Ending*: everything that is left was killed; waits until the tree is gone.
+- *Saving*: no process is left, and the newest whole snapshot is being made durable.
+- *Ended*: nothing more will happen.
+
+Why the processes are ended (`Purpose`) is carried from Ending through Saving to `_conclude`, the one
+place that decides between relaunching and an exit code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, Final
+
+from ckptd.supervisor import policy as policies
+from ckptd.supervisor.policy import Exit, Policy
+
+# The numbers of the signals that mean something here; they are the same on every Linux.
+HUP, INT, KILL, USR1, USR2, TERM = 1, 2, 9, 10, 12, 15
+
+
+# ------------------------------------------------------------------ facts
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """The command was started."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnFailed:
+    """The command could not be started."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAttached:
+    """A process of the command called `attach` and was welcomed."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDetached:
+    """Its connection ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotCame:
+    """A whole state is in memory; `asked` is the request's serial, 0 for an unasked one."""
+
+    generation: int
+    step: int
+    asked: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stood:
+    """Asked, the worker said that a snapshot that it has sent before stands."""
+
+    generation: int
+    asked: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRefused:
+    """The worker says that starting again would not help."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSaidBye:
+    """The worker's interpreter ends in order; `finished`: the script came to its end."""
+
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A snapshot is durable."""
+
+    generation: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishFailed:
+    """A snapshot could not be made durable; `fenced`: a newer attempt runs elsewhere."""
+
+    generation: int
+    why: str
+    fenced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """The command ended: its exit status, or minus the signal; and the step it was at."""
+
+    code: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class TreeGone:
+    """No process of the job is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    """A signal came: to the supervisor, or (a notice) to the worker."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointAsked:
+    """The owner asked for a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """The owner asked the job to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """The deadline is reached, or the loop just looked at the clock; `step` as the page shows it."""
+
+    step: int
+
+
+Fact = (
+    Spawned
+    | SpawnFailed
+    | WorkerAttached
+    | WorkerDetached
+    | SnapshotCame
+    | Stood
+    | WorkerRefused
+    | WorkerSaidBye
+    | Published
+    | PublishFailed
+    | Exited
+    | TreeGone
+    | Signalled
+    | CheckpointAsked
+    | StopAsked
+    | Ticked
+)
+FACTS: Final[tuple[type, ...]] = Fact.__args__
+
+
+# ------------------------------------------------------------------ actions
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Start the command as the next attempt, from the newest sound checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Ask the worker to flush; `leave`: and to wait for the receipt and exit."""
+
+    serial: int
+    leave: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PassSignal:
+    """Send a signal to the command's own process."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Make a held snapshot durable, in the background."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Let go of a held snapshot's memory."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Tell the worker what became of its snapshot; `why` None: durable."""
+
+    generation: int
+    why: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Answer everyone who asked for a checkpoint."""
+
+    ok: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class KillTree:
+    """Kill every process of the job that is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Write into the journal."""
+
+    event: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Tell the user, on stderr."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The supervisor's work is done."""
+
+    code: int
+
+
+Action = (
+    Spawn | Request | PassSignal | Publish | Forget | Receipt | Answer | KillTree | Note | Say | End
+)
+
+
+# ------------------------------------------------------------------ why processes are ended
+
+
+class Why(Enum):
+    """Why the processes are being ended."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    REFUSED = "refused"
+    FENCED = "fenced"
+
+
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """Why the processes are being ended, and what that is to end in.
+
+    Attributes:
+        text: for a person: "signal 9 (SIGKILL)", "SIGTERM".
+        code: the exit code that a stop is to end with, when what was held is durable.
+    """
+
+    why: Why
+    text: str
+    code: int = Exit.INTERRUPTED
+
+
+# ------------------------------------------------------------------ phases
+
+
+@dataclass(frozen=True, slots=True)
+class Pausing:
+    """Nothing runs; the command is started at the deadline."""
+
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unattached:
+    """The command runs, no worker is attached.
+
+    Attributes:
+        deadline_s: when it is killed, after it was asked to stop; None: it was not.
+        stop: the signal (or command) that asked it to.
+    """
+
+    deadline_s: float | None = None
+    stop: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A worker runs.
+
+    Attributes:
+        flush_s: when the next checkpoint is due; infinite while one is under way.
+    """
+
+    flush_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Flushing:
+    """The worker was asked to flush and leave.
+
+    Attributes:
+        stop: who asked: a signal's name, "ckptd stop".
+        serial: of the request.
+        answer: the snapshot that answers it, once it is known.
+        interrupts: how often Ctrl-C was pressed.
+    """
+
+    deadline_s: float
+    stop: str
+    serial: int
+    interrupts: int
+    answer: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """The worker has its receipt; the processes may end by themselves until the deadline."""
+
+    deadline_s: float
+    purpose: Purpose
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What was left was killed."""
+
+    deadline_s: float
+    purpose: Purpose
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Nothing runs; what was held in memory is being made durable."""
+
+    deadline_s: float
+    purpose: Purpose
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """It is over."""
+
+    code: int
+
+
+Phase = Pausing | Unattached | Attached | Flushing | Leaving | Ending | Saving | Ended
+PHASES: Final[tuple[type, ...]] = Phase.__args__
+
+
+# ------------------------------------------------------------------ state
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A whole snapshot in memory; `due`: it is to be made durable."""
+
+    generation: int
+    step: int
+    due: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What is in memory, what is being written, what is durable. Generations count per attempt.
+
+    Attributes:
+        durable_step: the newest durable state's step; None: there is none.
+        durable_generation: the newest snapshot of this attempt that is durable; 0: none.
+        failed: why the newest write failed; None: it did not.
+    """
+
+    held: Held | None = None
+    writing: Held | None = None
+    durable_step: int | None = None
+    durable_generation: int = 0
+    failed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that the machine knows.
+
+    Attributes:
+        ever_attached: whether the command is known to be a ckptd worker.
+        failures: failures in a row without progress between them.
+        failed_step: the step of the last failure; None: none yet.
+        serial: of the last request.
+        asked: whether somebody waits for an answer to `ckptd checkpoint`.
+        refused: what a worker said when it refused to go on in this attempt.
+        unfinished: a worker said in this attempt that it ends without having finished.
+    """
+
+    policy: Policy
+    phase: Phase
+    ledger: Ledger = field(default_factory=Ledger)
+    ever_attached: bool = False
+    failures: int = 0
+    failed_step: int | None = None
+    serial: int = 0
+    asked: bool = False
+    refused: str | None = None
+    unfinished: bool = False
+
+
+Turn = tuple[State, list[Action]]
+
+
+def begin(policy: Policy, now_s: float, *, durable_step: int | None, ever_attached: bool) -> State:
+    """The state of a supervisor that has just taken over its job: the first start is due at once.
+
+    Args:
+        policy: what the user set.
+        now_s: the monotonic clock.
+        durable_step: the step of the newest sound checkpoint.
+        ever_attached: whether an earlier supervisor saw a worker of this command.
+    """
+    ledger = Ledger(durable_step=durable_step)
+    return State(policy, Pausing(now_s), ledger, ever_attached)
+
+
+def deadline(state: State) -> float | None:
+    """Until when nothing has to happen by itself; None: for ever."""
+    phase = state.phase
+    if isinstance(phase, Attached):
+        return None if math.isinf(phase.flush_s) else phase.flush_s
+    if isinstance(phase, Ended):
+        return None
+    return phase.deadline_s
+
+
+def step(state: State, fact: Fact, now_s: float) -> Turn:
+    """What the supervisor does when it learns a fact."""
+    return _ANSWERS[type(state.phase), type(fact)](state, state.phase, fact, now_s)
+
+
+# ------------------------------------------------------------------ the ledger
+
+
+def _publish_due(state: State) -> Turn:
+    """Start writing what is due, unless something is being written."""
+    ledger = state.ledger
+    if ledger.writing is not None or ledger.held is None or not ledger.held.due:
+        return state, []
+    held = ledger.held
+    return _with(state, writing=held, held=None), [Publish(held.generation)]
+
+
+def _with(state: State, **changes: Any) -> State:
+    return replace(state, ledger=replace(state.ledger, **changes))
+
+
+def _hold(state: State, fact: SnapshotCame) -> Turn:
+    """Keep the newest snapshot. One that is due stays due: the newer one is written instead."""
+    old = state.ledger.held
+    due = fact.asked > 0 or (old is not None and old.due)
+    actions: list[Action] = [] if old is None else [Forget(old.generation)]
+    state = _with(state, held=Held(fact.generation, fact.step, due))
+    state, more = _publish_due(state)
+    return state, actions + more
+
+
+def _stand(state: State, fact: Stood) -> Turn:
+    """A snapshot that was sent before is due now. It may be durable already."""
+    ledger = state.ledger
+    if ledger.durable_generation >= fact.generation:
+        actions = [Receipt(fact.generation, None), *_tell_asker(state, ok=True)]
+        return replace(state, asked=False), actions
+    if ledger.held is not None:
+        state = _with(state, held=replace(ledger.held, due=True))
+    return _publish_due(state)
+
+
+def _book(state: State, fact: Published) -> Turn:
+    """A write is done: its receipt, and the next write."""
+    state = _with(
+        state,
+        writing=None,
+        durable_step=fact.step,
+        durable_generation=fact.generation,
+        failed=None,
+    )
+    actions: list[Action] = [
+        Note("durable", {"step": fact.step}),
+        Receipt(fact.generation, None),
+        Forget(fact.generation),
+        *_tell_asker(state, ok=True),
+    ]
+    state = replace(state, asked=False)
+    state, more = _publish_due(state)
+    return state, actions + more
+
+
+def _book_failure(state: State, fact: PublishFailed) -> Turn:
+    """A write failed. The snapshot is kept in memory, unless a newer one is."""
+    said = state.ledger.failed == fact.why
+    failed = state.ledger.writing
+    state = _with(state, writing=None, failed=fact.why)
+    actions: list[Action] = [
+        Note("not durable", {"why": fact.why}),
+        Receipt(fact.generation, fact.why),
+        *_tell_asker(state, ok=False),
+    ]
+    if not said:
+        stands = _standing(state)
+        actions.append(Say(f"could not make a checkpoint durable: {fact.why}. {stands}"))
+    if failed is not None and state.ledger.held is None:
+        state = _with(state, held=replace(failed, due=False))
+    else:
+        actions.append(Forget(fact.generation))
+    return replace(state, asked=False), actions
+
+
+def _tell_asker(state: State, *, ok: bool) -> list[Action]:
+    if not state.asked:
+        return []
+    ledger = state.ledger
+    if ok:
+        return [Answer(ok=True, text=f"durable at step {ledger.durable_step}")]
+    return [Answer(ok=False, text=f"not durable: {ledger.failed}. {_standing(state)}")]
+
+
+def _standing(state: State) -> str:
+    """Which checkpoint there is, for a person."""
+    durable = state.ledger.durable_step
+    if durable is None:
+        return "There is no checkpoint yet"
+    return f"The checkpoint of step {durable} stands"
+
+
+# ------------------------------------------------------------------ ends
+
+
+def _end_tree(state: State, purpose: Purpose, now_s: float) -> Turn:
+    """Kill whatever is left, and wait for it to be gone."""
+    return replace(state, phase=Ending(now_s + state.policy.kill_s, purpose)), [KillTree()]
+
+
+def _after_tree(state: State, purpose: Purpose, now_s: float) -> Turn:
+    """No process is left: save what is in memory, then conclude."""
+    ledger = state.ledger
+    actions: list[Action] = []
+    if ledger.held is not None and purpose.why is not Why.FINISHED:
+        newer = ledger.durable_step is None or ledger.held.step >= ledger.durable_step
+        state = _with(state, held=replace(ledger.held, due=newer and purpose.why is not Why.FENCED))
+        state, actions = _publish_due(state)
+    if state.ledger.writing is None:
+        state, more = _conclude(state, purpose, now_s)
+        return state, actions + more
+    return replace(state, phase=Saving(now_s + state.policy.grace_s, purpose)), actions
+
+
+def _conclude(state: State, purpose: Purpose, now_s: float) -> Turn:
+    """The one place that decides between starting again and an exit code."""
+    if purpose.why is Why.FINISHED:
+        return _over(state, Exit.FINISHED, "finished", "finished")
+    if purpose.why is Why.FENCED:
+        return _over(state, Exit.LOCKED, "fenced", purpose.text)
+    if purpose.why is Why.STOPPED:
+        if state.ledger.failed is not None and purpose.code == Exit.INTERRUPTED:
+            text = f"stopped ({purpose.text}), but the newest state is not durable: "
+            return _over(
+                state,
+                Exit.NOT_DURABLE,
+                "stopped",
+                text + f"{state.ledger.failed}. {_standing(state)}",
+            )
+        return _over(
+            state, purpose.code, "stopped", f"stopped ({purpose.text}). {_standing(state)}"
+        )
+    if purpose.why is Why.REFUSED:
+        return _over(state, Exit.GAVE_UP, "gave up", purpose.text)
+    if state.failures > state.policy.restarts_max:
+        text = (
+            f"gave up after {state.failures} failures without progress between them, the last one "
+            f"by {purpose.text} at step {state.failed_step}. {_standing(state)}"
+        )
+        return _over(state, Exit.GAVE_UP, "gave up", text)
+    return _pause(state, purpose, now_s)
+
+
+def _pause(state: State, purpose: Purpose, now_s: float) -> Turn:
+    pause_s = state.policy.pause_s(max(state.failures, 1))
+    said = (
+        f"the job ended by {purpose.text} at step {state.failed_step}; {_standing(state).lower()}; "
+        f"starting it again in {pause_s:g} s ({state.failures} of {state.policy.restarts_max} "
+        "restarts without progress)"
+    )
+    held = state.ledger.held
+    forget: list[Action] = [] if held is None else [Forget(held.generation)]
+    ledger = replace(state.ledger, held=None, durable_generation=0)
+    state = replace(
+        state, phase=Pausing(now_s + pause_s), ledger=ledger, refused=None, unfinished=False
+    )
+    return state, [*forget, Say(said)]
+
+
+def _over(state: State, code: int, event: str, text: str) -> Turn:
+    held = state.ledger.held
+    actions: list[Action] = [] if held is None else [Forget(held.generation)]
+    if state.asked:
+        actions.append(Answer(ok=False, text=f"the job ended: {text}"))
+    actions += [Note(event, {"code": code, "text": text}), Say(text), End(code)]
+    return replace(_with(state, held=None), phase=Ended(code), asked=False), actions
+
+
+def _died(state: State, fact: Exited, now_s: float) -> Turn:
+    """The command ended and nobody had asked it to."""
+    note = Note("exited", {"code": fact.code, "step": fact.step})
+    if fact.code == 0 and state.refused is None and not state.unfinished:
+        state, actions = _end_tree(state, Purpose(Why.FINISHED, "finished"), now_s)
+        return state, [note, *actions]
+    if state.refused is not None:
+        state, actions = _end_tree(state, Purpose(Why.REFUSED, state.refused), now_s)
+        return state, [note, *actions]
+    at = max(fact.step, state.failed_step or 0)
+    failures = policies.failures_in_a_row(state.failures, at, state.failed_step)
+    state = replace(state, failures=failures, failed_step=at)
+    text = policies.described(fact.code)
+    if fact.code == 0:
+        text = "exit status 0 before the resume point was reached"
+    state, actions = _end_tree(state, Purpose(Why.FAILED, text), now_s)
+    return state, [note, *actions]
+
+
+# ------------------------------------------------------------------ answers: starting
+
+
+def _start(state: State, phase: Pausing, fact: Ticked, now_s: float) -> Turn:  # noqa: ARG001
+    if now_s < phase.deadline_s:
+        return state, []
+    return replace(state, phase=Unattached()), [Spawn()]
+
+
+def _stop_while_pausing(state: State, phase: Pausing, fact: Fact, now_s: float) -> Turn:  # noqa: ARG001
+    stop = _stop_name(fact)
+    if stop is None:
+        return state, []
+    return _over(state, Exit.INTERRUPTED, "stopped", f"stopped ({stop}). {_standing(state)}")
+
+
+def _spawn_failed(state: State, phase: Unattached, fact: SpawnFailed, now_s: float) -> Turn:  # noqa: ARG001
+    return _over(state, Exit.USAGE, "gave up", fact.why)
+
+
+def _checkpoint_while_idle(state: State, phase: Phase, fact: Fact, now_s: float) -> Turn:  # noqa: ARG001
+    return state, [Answer(ok=False, text=f"no worker is attached. {_standing(state)}")]
+
+
+def _attached(state: State, phase: Unattached, fact: WorkerAttached, now_s: float) -> Turn:  # noqa: ARG001
+    state = replace(state, ever_attached=True)
+    if phase.deadline_s is None:
+        return replace(state, phase=Attached(now_s + state.policy.every_s)), []
+    return _ask_to_leave(state, phase.stop, phase.deadline_s)
+
+
+def _signal_unattached(state: State, phase: Unattached, fact: Signalled, now_s: float) -> Turn:
+    own = state.policy.flush_signal
+    if fact.number == USR2:
+        if own is not None:
+            return state, [PassSignal(own)]
+        return state, [Say("SIGUSR2: no worker is attached yet, there is nothing to flush")]
+    if phase.deadline_s is not None:
+        return _press_unattached(state, phase, fact, now_s)
+    return _ask_unattached(state, _stop_name(fact) or "", own or fact.number, now_s)
+
+
+def _stop_unattached(state: State, phase: Unattached, fact: StopAsked, now_s: float) -> Turn:
+    if phase.deadline_s is not None:
+        return state, []
+    return _ask_unattached(state, _stop_name(fact) or "", state.policy.flush_signal or TERM, now_s)
+
+
+def _ask_unattached(state: State, stop: str, number: int, now_s: float) -> Turn:
+    phase = Unattached(now_s + state.policy.grace_s, stop)
+    return replace(state, phase=phase), [Note("asked to stop", {"by": stop}), PassSignal(number)]
+
+
+def _press_unattached(state: State, phase: Unattached, fact: Signalled, now_s: float) -> Turn:  # noqa: ARG001
+    if fact.number != INT:
+        return state, []  # a second TERM is not "force": Slurm sends two
+    return _end_tree(state, Purpose(Why.STOPPED, "a second Ctrl-C", 128 + INT), now_s)
+
+
+def _tick_unattached(state: State, phase: Unattached, fact: Ticked, now_s: float) -> Turn:  # noqa: ARG001
+    if phase.deadline_s is None or now_s < phase.deadline_s:
+        return state, []
+    purpose = Purpose(Why.STOPPED, phase.stop, _stop_code(state, -KILL))
+    state, actions = _end_tree(state, purpose, now_s)
+    return state, [Say(f"did not end within the grace of {state.policy.grace_s:g} s"), *actions]
+
+
+def _exited_unattached(state: State, phase: Unattached, fact: Exited, now_s: float) -> Turn:
+    if phase.deadline_s is None:
+        return _died(state, fact, now_s)
+    purpose = Purpose(Why.STOPPED, phase.stop, _stop_code(state, fact.code))
+    state, actions = _end_tree(state, purpose, now_s)
+    return state, [Note("exited", {"code": fact.code, "step": fact.step}), *actions]
+
+
+def _stop_code(state: State, code: int) -> int:
+    """What a stop of a command without a worker ends with: 75 only if it can be continued."""
+    if state.ever_attached or state.policy.flush_signal is not None:
+        return Exit.INTERRUPTED
+    return policies.exit_of(code)
+
+
+# ------------------------------------------------------------------ answers: a worker runs
+
+
+def _detached(state: State, phase: Attached, fact: WorkerDetached, now_s: float) -> Turn:  # noqa: ARG001
+    return replace(state, phase=Unattached()), []
+
+
+def _tick_attached(state: State, phase: Attached, fact: Ticked, now_s: float) -> Turn:
+    if now_s < phase.flush_s:
+        return state, []
+    if state.ledger.durable_step is not None and fact.step <= state.ledger.durable_step:
+        return replace(state, phase=Attached(now_s + state.policy.every_s)), []
+    return _ask_to_flush(state)
+
+
+def _ask_to_flush(state: State) -> Turn:
+    serial = state.serial + 1
+    state = replace(state, serial=serial, phase=Attached(math.inf))
+    return state, [Request(serial, leave=False)]
+
+
+def _ask_to_leave(
+    state: State, stop: str, deadline_s: float, interrupts: int = 0, *, passed: bool = True
+) -> Turn:
+    serial = state.serial + 1
+    phase = Flushing(deadline_s, stop, serial, interrupts)
+    state = replace(state, serial=serial, phase=phase)
+    note: list[Action] = [] if passed else [Note("asked to stop", {"by": stop})]
+    return state, [*note, Request(serial, leave=True)]
+
+
+def _signal_attached(state: State, phase: Attached, fact: Fact, now_s: float) -> Turn:  # noqa: ARG001
+    stop = _stop_name(fact)
+    if stop is None:
+        return _ask_to_flush(state)
+    interrupts = int(isinstance(fact, Signalled) and fact.number == INT)
+    deadline_s = now_s + state.policy.grace_s
+    state, actions = _ask_to_leave(state, stop, deadline_s, interrupts, passed=False)
+    return state, [*actions, Say(f"{stop}: saving the job, then leaving")]
+
+
+def _checkpoint_attached(
+    state: State,
+    phase: Attached,
+    fact: CheckpointAsked,
+    now_s: float,  # noqa: ARG001
+) -> Turn:
+    return _ask_to_flush(replace(state, asked=True))
+
+
+def _snapshot(state: State, phase: Phase, fact: SnapshotCame, now_s: float) -> Turn:  # noqa: ARG001
+    return _hold(state, fact)
+
+
+def _stood(state: State, phase: Attached, fact: Stood, now_s: float) -> Turn:
+    durable = state.ledger.durable_generation >= fact.generation
+    state, actions = _stand(state, fact)
+    if durable:  # nothing will be written, so nothing else sets the next time
+        state = replace(state, phase=Attached(now_s + state.policy.every_s))
+    return state, actions
+
+
+def _published(state: State, phase: Attached, fact: Published, now_s: float) -> Turn:  # noqa: ARG001
+    state, actions = _book(state, fact)
+    return replace(state, phase=Attached(now_s + state.policy.every_s)), actions
+
+
+def _publish_failed(state: State, phase: Attached, fact: PublishFailed, now_s: float) -> Turn:  # noqa: ARG001
+    if fact.fenced:
+        return _fenced(state, fact, now_s)
+    state, actions = _book_failure(state, fact)
+    again_s = now_s + min(state.policy.every_s, state.policy.backoff_s_max)
+    return replace(state, phase=Attached(again_s)), actions
+
+
+def _fenced(state: State, fact: PublishFailed, now_s: float) -> Turn:
+    state = _with(state, writing=None, failed=fact.why)
+    state, actions = _end_tree(state, Purpose(Why.FENCED, fact.why), now_s)
+    return state, [Forget(fact.generation), *actions]
+
+
+def _exited_attached(state: State, phase: Attached, fact: Exited, now_s: float) -> Turn:  # noqa: ARG001
+    return _died(state, fact, now_s)
+
+
+def _refused(state: State, phase: Phase, fact: WorkerRefused, now_s: float) -> Turn:  # noqa: ARG001
+    return replace(state, refused=fact.text), []
+
+
+def _said_bye(state: State, phase: Phase, fact: WorkerSaidBye, now_s: float) -> Turn:  # noqa: ARG001
+    return replace(state, unfinished=not fact.finished), []
+
+
+# ------------------------------------------------------------------ answers: it is to leave
+
+
+def _snapshot_flushing(state: State, phase: Flushing, fact: SnapshotCame, now_s: float) -> Turn:  # noqa: ARG001
+    if fact.asked >= phase.serial:
+        state = replace(state, phase=replace(phase, answer=fact.generation))
+    return _hold(state, fact)
+
+
+def _stood_flushing(state: State, phase: Flushing, fact: Stood, now_s: float) -> Turn:  # noqa: ARG001
+    if fact.asked >= phase.serial:
+        if state.ledger.durable_generation >= fact.generation:
+            state, actions = _stand(state, fact)
+            return _leaving(state, phase), actions
+        state = replace(state, phase=replace(phase, answer=fact.generation))
+    return _stand(state, fact)
+
+
+def _leaving(state: State, phase: Flushing) -> State:
+    purpose = Purpose(Why.STOPPED, phase.stop)
+    return replace(state, phase=Leaving(phase.deadline_s, purpose), asked=False)
+
+
+def _published_flushing(state: State, phase: Flushing, fact: Published, now_s: float) -> Turn:  # noqa: ARG001
+    state, actions = _book(state, fact)
+    return (_leaving(state, phase) if fact.generation == phase.answer else state), actions
+
+
+def _publish_failed_flushing(
+    state: State, phase: Flushing, fact: PublishFailed, now_s: float
+) -> Turn:
+    if fact.fenced:
+        return _fenced(state, fact, now_s)
+    state, actions = _book_failure(state, fact)
+    if fact.generation == phase.answer:
+        return _leaving(state, phase), actions
+    state, more = _publish_due(state)
+    return state, actions + more
+
+
+def _signal_flushing(state: State, phase: Flushing, fact: Signalled, now_s: float) -> Turn:
+    if fact.number != INT:
+        return state, []  # a second TERM is not "force": Slurm sends two
+    interrupts = phase.interrupts + 1
+    if interrupts > 2:  # flush, warning, kill
+        return _end_tree(state, Purpose(Why.STOPPED, "a third Ctrl-C", 128 + INT), now_s)
+    state = replace(state, phase=replace(phase, interrupts=interrupts))
+    if interrupts == 1:
+        return state, []
+    return state, [
+        Say(
+            "still saving. A third Ctrl-C kills the job now and loses the steps since the last "
+            f"checkpoint. {_standing(state)}"
+        )
+    ]
+
+
+def _tick_flushing(state: State, phase: Flushing, fact: Ticked, now_s: float) -> Turn:  # noqa: ARG001
+    if now_s < phase.deadline_s:
+        return state, []
+    state, actions = _end_tree(state, Purpose(Why.STOPPED, phase.stop), now_s)
+    said = f"no safe point was reached within the grace of {state.policy.grace_s:g} s"
+    if phase.answer is not None:
+        said = f"the checkpoint is not written yet after {state.policy.grace_s:g} s"
+    return state, [Say(said), *actions]
+
+
+def _exited_flushing(state: State, phase: Flushing, fact: Exited, now_s: float) -> Turn:
+    note = Note("exited", {"code": fact.code, "step": fact.step})
+    finished = fact.code == 0 and not state.unfinished and state.refused is None
+    if finished and phase.answer is None:
+        purpose = Purpose(Why.FINISHED, "finished")  # it came to its end before a safe point
+    else:
+        purpose = Purpose(Why.STOPPED, phase.stop)
+    state, actions = _end_tree(state, purpose, now_s)
+    return state, [note, *actions]
+
+
+def _exited_leaving(state: State, phase: Leaving, fact: Exited, now_s: float) -> Turn:
+    state, actions = _end_tree(state, phase.purpose, now_s)
+    return state, [Note("exited", {"code": fact.code, "step": fact.step}), *actions]
+
+
+def _tick_leaving(state: State, phase: Leaving, fact: Ticked, now_s: float) -> Turn:  # noqa: ARG001
+    return _end_tree(state, phase.purpose, now_s) if now_s >= phase.deadline_s else (state, [])
+
+
+# ------------------------------------------------------------------ answers: it is ending
+
+
+def _tree_gone(state: State, phase: Ending, fact: TreeGone, now_s: float) -> Turn:  # noqa: ARG001
+    return _after_tree(state, phase.purpose, now_s)
+
+
+def _tick_ending(state: State, phase: Ending, fact: Ticked, now_s: float) -> Turn:  # noqa: ARG001
+    if now_s < phase.deadline_s:
+        return state, []
+    # A process that SIGKILL can't end sits in the kernel. Never two workers: no relaunch then.
+    purpose = phase.purpose
+    said = f"a process of the job did not end within {state.policy.kill_s:g} s of SIGKILL"
+    if purpose.why is Why.FAILED:
+        purpose = Purpose(Why.REFUSED, f"{said}; not started again beside it")
+    state, actions = _after_tree(state, purpose, now_s)
+    return state, [Say(said), *actions]
+
+
+def _published_ending(state: State, phase: Ending, fact: Published, now_s: float) -> Turn:  # noqa: ARG001
+    return _book(state, fact)
+
+
+def _publish_failed_ending(
+    state: State,
+    phase: Ending | Leaving,
+    fact: PublishFailed,
+    now_s: float,  # noqa: ARG001
+) -> Turn:
+    if fact.fenced:
+        purpose = Purpose(Why.FENCED, fact.why)
+        state = _with(state, writing=None, failed=fact.why)
+        return replace(state, phase=replace(phase, purpose=purpose)), [Forget(fact.generation)]
+    return _book_failure(state, fact)
+
+
+def _published_saving(state: State, phase: Saving, fact: Published, now_s: float) -> Turn:
+    state, actions = _book(state, fact)
+    if state.ledger.writing is not None:
+        return state, actions
+    state, more = _conclude(state, phase.purpose, now_s)
+    return state, actions + more
+
+
+def _publish_failed_saving(state: State, phase: Saving, fact: PublishFailed, now_s: float) -> Turn:
+    purpose = Purpose(Why.FENCED, fact.why) if fact.fenced else phase.purpose
+    state, actions = _book_failure(state, fact)
+    if state.ledger.held is not None and state.ledger.held.due:
+        state, more = _publish_due(state)
+        return replace(state, phase=replace(phase, purpose=purpose)), actions + more
+    state, more = _conclude(state, purpose, now_s)
+    return state, actions + more
+
+
+def _tick_saving(state: State, phase: Saving, fact: Ticked, now_s: float) -> Turn:  # noqa: ARG001
+    if now_s < phase.deadline_s:
+        return state, []
+    why = f"the write did not end within {state.policy.grace_s:g} s"
+    state = _with(state, failed=why)
+    if phase.purpose.why is Why.STOPPED:
+        return _conclude(state, phase.purpose, now_s)
+    text = f"{phase.purpose.text}; then {why}. {_standing(state)}"
+    return _over(state, Exit.NOT_DURABLE, "gave up", text)
+
+
+def _stop_while_ending(
+    state: State,
+    phase: Ending | Saving,
+    fact: Fact,
+    now_s: float,  # noqa: ARG001
+) -> Turn:
+    """A stop while a failed attempt is cleared away: clear it away, then stop and not relaunch."""
+    stop = _stop_name(fact)
+    if stop is None or phase.purpose.why is not Why.FAILED:
+        return state, []
+    purpose = Purpose(Why.STOPPED, stop)
+    return replace(state, phase=replace(phase, purpose=purpose)), []
+
+
+# ------------------------------------------------------------------ the table
+
+Answerer = Callable[[State, Any, Any, float], Turn]
+
+
+def _stop_name(fact: Fact) -> str | None:
+    """Who asks the job to stop; None: the fact does not."""
+    if isinstance(fact, StopAsked):
+        return "ckptd stop"
+    if isinstance(fact, Signalled) and fact.number != USR2:
+        return policies.signal_name(fact.number)
+    return None
+
+
+def _ignored(why: str) -> Answerer:
+    def answer(state: State, phase: Phase, fact: Fact, now_s: float) -> Turn:  # noqa: ARG001
+        return state, []
+
+    answer.__doc__ = why
+    return answer
+
+
+_LATE: Final = _ignored("it was told before this phase began, and is known")
+_NO_CHILD: Final = _ignored("no child runs, so no child can have done it: a late echo of the last")
+_NOT_SPAWNED: Final = _ignored("nothing was ordered to be started in this phase")
+_NO_WRITE: Final = _ignored("nothing is being written in this phase")
+_LEFT: Final = _ignored("the processes are being ended; their last words change nothing")
+_RUNS: Final = _ignored("the tree is asked about only after a kill")
+_OVER: Final = _ignored("it is over")
+_NO_DEADLINE: Final = _ignored("its deadline is kept: a second request does not shorten it")
+
+_ANSWERS: dict[tuple[type, type], Answerer] = {
+    **{(Ended, fact): _OVER for fact in FACTS},
+    # -------- nothing runs
+    **{(Pausing, fact): _NO_CHILD for fact in FACTS},
+    (Pausing, Published): lambda state, _, fact, __: _book(state, fact),
+    (Pausing, PublishFailed): lambda state, _, fact, __: _book_failure(state, fact),
+    (Pausing, Ticked): _start,
+    (Pausing, Signalled): _stop_while_pausing,
+    (Pausing, StopAsked): _stop_while_pausing,
+    (Pausing, CheckpointAsked): _checkpoint_while_idle,
+    # -------- the command runs
+    (Unattached, Spawned): _ignored("it was ordered when this phase began"),
+    (Unattached, SpawnFailed): _spawn_failed,
+    (Unattached, WorkerAttached): _attached,
+    (Unattached, WorkerDetached): _ignored("no worker is attached"),
+    (Unattached, SnapshotCame): _snapshot,
+    (Unattached, Stood): lambda state, _, fact, __: _stand(state, fact),
+    (Unattached, WorkerRefused): _refused,
+    (Unattached, WorkerSaidBye): _said_bye,
+    (Unattached, Published): lambda state, _, fact, __: _book(state, fact),
+    (Unattached, PublishFailed): lambda state, _, fact, now_s: (
+        _fenced(state, fact, now_s) if fact.fenced else _book_failure(state, fact)
+    ),
+    (Unattached, Exited): _exited_unattached,
+    (Unattached, TreeGone): _RUNS,
+    (Unattached, Signalled): _signal_unattached,
+    (Unattached, CheckpointAsked): _checkpoint_while_idle,
+    (Unattached, StopAsked): _stop_unattached,
+    (Unattached, Ticked): _tick_unattached,
+    # -------- a worker runs
+    (Attached, Spawned): _LATE,
+    (Attached, SpawnFailed): _NOT_SPAWNED,
+    (Attached, WorkerAttached): _ignored("the loop turns a second worker away"),
+    (Attached, WorkerDetached): _detached,
+    (Attached, SnapshotCame): _snapshot,
+    (Attached, Stood): _stood,
+    (Attached, WorkerRefused): _refused,
+    (Attached, WorkerSaidBye): _said_bye,
+    (Attached, Published): _published,
+    (Attached, PublishFailed): _publish_failed,
+    (Attached, Exited): _exited_attached,
+    (Attached, TreeGone): _RUNS,
+    (Attached, Signalled): _signal_attached,
+    (Attached, CheckpointAsked): _checkpoint_attached,
+    (Attached, StopAsked): _signal_attached,
+    (Attached, Ticked): _tick_attached,
+    # -------- it is to flush and leave
+    (Flushing, Spawned): _LATE,
+    (Flushing, SpawnFailed): _NOT_SPAWNED,
+    (Flushing, WorkerAttached): _ignored("the loop turns a second worker away"),
+    (Flushing, WorkerDetached): _ignored("the command's exit tells what became of it"),
+    (Flushing, SnapshotCame): _snapshot_flushing,
+    (Flushing, Stood): _stood_flushing,
+    (Flushing, WorkerRefused): _refused,
+    (Flushing, WorkerSaidBye): _said_bye,
+    (Flushing, Published): _published_flushing,
+    (Flushing, PublishFailed): _publish_failed_flushing,
+    (Flushing, Exited): _exited_flushing,
+    (Flushing, TreeGone): _RUNS,
+    (Flushing, Signalled): _signal_flushing,
+    (Flushing, CheckpointAsked): lambda state, *_: (replace(state, asked=True), []),
+    (Flushing, StopAsked): _NO_DEADLINE,
+    (Flushing, Ticked): _tick_flushing,
+    # -------- it has its receipt
+    **{(Leaving, fact): _LEFT for fact in FACTS},
+    (Leaving, SnapshotCame): _ignored("the receipt was given for an older one, which stands"),
+    (Leaving, Published): lambda state, _, fact, __: _book(state, fact),
+    (Leaving, PublishFailed): _publish_failed_ending,
+    (Leaving, Exited): _exited_leaving,
+    (Leaving, CheckpointAsked): _checkpoint_while_idle,
+    (Leaving, StopAsked): _NO_DEADLINE,
+    (Leaving, Signalled): _NO_DEADLINE,
+    (Leaving, Ticked): _tick_leaving,
+    # -------- what was left was killed
+    **{(Ending, fact): _LEFT for fact in FACTS},
+    (Ending, SnapshotCame): _snapshot,
+    (Ending, Stood): lambda state, _, fact, __: _stand(state, fact),
+    (Ending, Published): _published_ending,
+    (Ending, PublishFailed): _publish_failed_ending,
+    (Ending, TreeGone): _tree_gone,
+    (Ending, Signalled): _stop_while_ending,
+    (Ending, StopAsked): _stop_while_ending,
+    (Ending, CheckpointAsked): _checkpoint_while_idle,
+    (Ending, Ticked): _tick_ending,
+    # -------- nothing runs, and what was held is written
+    **{(Saving, fact): _NO_CHILD for fact in FACTS},
+    (Saving, Published): _published_saving,
+    (Saving, PublishFailed): _publish_failed_saving,
+    (Saving, Signalled): _stop_while_ending,
+    (Saving, StopAsked): _stop_while_ending,
+    (Saving, CheckpointAsked): _checkpoint_while_idle,
+    (Saving, Ticked): _tick_saving,
+}

@@ -1,0 +1,332 @@
+"""A run's directory: what to run, who runs it, and where things lie.
+
+ckptd-runs/NAME/
+  job.json          what to run: argv, working directory, environment that decides about bits
+  lock              held by the supervisor and inherited by the worker: no second copy, ever
+  supervisor.json   who holds it: process, start time, host, socket
+  attempts/         a file for each attempt: the largest number may publish
+  journal.jsonl     everything that happened, append-only
+  log               the command's output over all attempts
+  checkpoints/
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+import filelock
+import msgspec
+
+from ckptd.errors import CkptdError, JobChangedError, LockedError, UsageError
+from ckptd.host import children
+from ckptd.host.disk import RealDisk
+
+#: Variables that decide about thread counts and thereby about the order of additions.
+THREAD_VARIABLES: Final = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+_RECORDED: Final = (*THREAD_VARIABLES, "CUBLAS_WORKSPACE_CONFIG")
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_POLL_S: Final = 0.05
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class JobFile(msgspec.Struct, frozen=True):
+    """job.json: what to run.
+
+    Attributes:
+        hash_seed: PYTHONHASHSEED of every attempt.
+        environment: variables that decide about bits, as they were at the first launch; None: unset.
+        cpus: usable processors at the first launch.
+        facts: what the first attempt's worker said of itself (`Hello.environment`); None: none yet.
+    """
+
+    name: str
+    argv: list[str]
+    cwd: str
+    hash_seed: str
+    environment: dict[str, str | None]
+    cpus: int
+    ckptd: str
+    facts: dict[str, str] | None = None
+
+
+class SupervisorFile(msgspec.Struct, frozen=True):
+    """supervisor.json: who runs the job; `started` makes a process id unique on its host."""
+
+    pid: int
+    started: float
+    host: str
+    boot: str
+    socket: str
+    child: int | None = None
+    child_started: float | None = None
+
+    def alive(self) -> bool | None:
+        """Whether that supervisor runs; None: on another machine, nobody can tell from here."""
+        if self.host != os.uname().nodename:
+            return None
+        return self.boot == boot_id() and children.started_s(self.pid) == self.started
+
+
+class Run:
+    """One run's directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def journal(self) -> Path:
+        """Everything that happened."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """The command's output."""
+        return self.path / "log"
+
+    def job(self) -> JobFile | None:
+        """What to run; None before the first launch."""
+        return _load(self.path / "job.json", JobFile)
+
+    def supervisor(self) -> SupervisorFile | None:
+        """Who runs it, or ran it last without ending in order."""
+        return _load(self.path / "supervisor.json", SupervisorFile)
+
+    def write(self, content: JobFile | SupervisorFile) -> None:
+        """Replace job.json or supervisor.json; a crash leaves the old one or the new one."""
+        name = "job.json" if isinstance(content, JobFile) else "supervisor.json"
+        disk, temporary = RealDisk(), self.path / f".{name}.{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        disk.write(temporary, msgspec.json.format(msgspec.json.encode(content)))
+        disk.sync(temporary)
+        disk.rename(temporary, self.path / name)
+        disk.sync_directory(self.path)
+
+    def forget_supervisor(self) -> None:
+        """The supervisor ends in order."""
+        (self.path / "supervisor.json").unlink(missing_ok=True)
+
+
+def find(directory: Path, name: str) -> Run:
+    """An existing run.
+
+    Raises:
+        UsageError: there is none of this name; says which there are.
+    """
+    run = Run(directory / check_name(name))
+    if not run.path.is_dir():
+        others = ", ".join(sorted(path.name for path in runs(directory))) or "none"
+        raise UsageError(f"no run called {name!r} in {directory}; there are: {others}")
+    return run
+
+
+def runs(directory: Path) -> list[Path]:
+    """The directories of all runs."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if (path / "job.json").is_file())
+
+
+def check_name(name: str) -> str:
+    """A run's name, which is also its directory's.
+
+    Raises:
+        UsageError: it can't be one.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} can't be a run's name: letters, digits, '_', '-' and '.', at most 100, "
+            "not beginning with '.' or '-'"
+        )
+    return name
+
+
+def default_name(argv: Sequence[str], environment: Mapping[str, str]) -> str:
+    """A name for a command: that of the Slurm job, else that of its script.
+
+    Raises:
+        UsageError: the command has no word that could be a name.
+    """
+    job = environment.get("SLURM_JOB_ID")
+    if job is not None:
+        array, task = (environment.get(f"SLURM_ARRAY_{k}") for k in ("JOB_ID", "TASK_ID"))
+        return f"slurm-{array}_{task}" if array and task else f"slurm-{job}"
+    scripts = [Path(word).stem for word in argv if word.endswith((".py", ".sh"))]
+    if scripts:
+        return check_name(scripts[0])
+    if "-m" in argv[:-1]:
+        return check_name(argv[argv.index("-m") + 1])
+    return check_name(Path(argv[0]).name)
+
+
+def describe_job(
+    name: str, argv: Sequence[str], cwd: Path, environment: Mapping[str, str], version: str
+) -> JobFile:
+    """What a first launch records."""
+    return JobFile(
+        name=name,
+        argv=list(argv),
+        cwd=str(cwd),
+        # A fixed seed makes the order of sets the same in every attempt; which one is fixed matters
+        # to nobody, since a plain run draws one at random.
+        hash_seed=environment.get("PYTHONHASHSEED", "0"),
+        environment={key: environment.get(key) for key in _RECORDED},
+        cpus=len(os.sched_getaffinity(0)),
+        ckptd=version,
+    )
+
+
+def check_unchanged(before: JobFile, now: JobFile) -> None:
+    """Refuse to go on with another command or another working directory.
+
+    Raises:
+        JobChangedError: shows both.
+    """
+    changed = []
+    if before.argv != now.argv:
+        changed.append(
+            f"command: was  {shlex.join(before.argv)}\n         now  {shlex.join(now.argv)}"
+        )
+    if before.cwd != now.cwd:
+        changed.append(f"directory: was  {before.cwd}\n           now  {now.cwd}")
+    if changed:
+        raise JobChangedError(
+            f"the run {before.name!r} exists, with another command or working directory:\n  "
+            + "\n  ".join(changed)
+            + "\nGo on with the new one: --accept-changes. Start over: --fresh. Another run: --name."
+        )
+
+
+def environment_for(job: JobFile, own: Mapping[str, str]) -> tuple[dict[str, str], str | None]:
+    """The command's environment: ours, with what decides about bits as at the first launch.
+
+    Returns:
+        The environment, and what to say about it.
+    """
+    environment = {**own, "PYTHONHASHSEED": job.hash_seed}
+    environment.setdefault("PYTHONUNBUFFERED", "1")  # so that output comes when it is written
+    for key, value in job.environment.items():
+        environment.pop(key, None)
+        if value is not None:
+            environment[key] = value
+    cpus = len(os.sched_getaffinity(0))
+    if cpus == job.cpus:
+        return environment, None
+    threads = (job.facts or {}).get("threads", str(job.cpus))
+    for key in THREAD_VARIABLES:
+        environment.setdefault(key, threads)
+    return environment, (
+        f"{cpus} processors are usable here, {job.cpus} were at the first launch: "
+        f"thread counts are kept at {threads}"
+    )
+
+
+def set_old_aside(run: Run) -> Path | None:
+    """Rename an existing run's directory, for `--fresh`; nothing is deleted."""
+    if not run.path.exists():
+        return None
+    number = 1
+    while (old := run.path.with_name(f"{run.path.name}.old-{number}")).exists():
+        number += 1
+    run.path.rename(old)
+    return old
+
+
+def boot_id() -> str:
+    """What makes process ids unique over reboots."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+# ------------------------------------------------------------------ the lock
+
+
+def lock(run: Run, *, grace_s: float, say: Callable[[str], None]) -> int:
+    """Take the run's lock; a worker that outlived its supervisor may flush first.
+
+    Args:
+        run: the run.
+        grace_s: how long such a worker may take before it is killed.
+        say: tells the user.
+
+    Returns:
+        The lock's descriptor: the lock is held while any copy of it is open.
+
+    Raises:
+        LockedError: another supervisor runs the job; says where.
+    """
+    descriptor = os.open(run.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if not _try_lock(descriptor):
+            _wait_for_orphan(run, descriptor, grace_s, say)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _wait_for_orphan(run: Run, descriptor: int, grace_s: float, say: Callable[[str], None]) -> None:
+    holder = run.supervisor()
+    if holder is None or holder.alive() is not False or holder.child is None:
+        where = "another process" if holder is None else f"process {holder.pid} on {holder.host}"
+        raise LockedError(
+            f"the run {run.path.name!r} is held by {where}: it is running already. "
+            f"Look at it with `ckptd status {run.path.name}`, stop it with `ckptd stop "
+            f"{run.path.name}`"
+        )
+    say(
+        f"the supervisor of this run (process {holder.pid}) was killed; its worker (process "
+        f"{holder.child}) has up to {grace_s:g} s to save itself"
+    )
+    if _lock_within(descriptor, grace_s):
+        return
+    say(f"the worker did not end: killing process {holder.child} and its descendants")
+    assert holder.child_started is not None, "recorded together with the process id"
+    children.kill_orphans(holder.child, holder.child_started)
+    if not _lock_within(descriptor, grace_s):
+        raise LockedError(
+            f"the run {run.path.name!r} is still locked by a process of its killed supervisor; "
+            f"find it with `fuser {run.path / 'lock'}`"
+        )
+
+
+def _lock_within(descriptor: int, bound_s: float) -> bool:
+    until_s = time.monotonic() + bound_s
+    while not _try_lock(descriptor):
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def _try_lock(descriptor: int) -> bool:
+    # The descriptor must be handed to the worker, so filelock's own file handling can't be used.
+    return filelock.lock_descriptor(descriptor, blocking=False)
+
+
+def _load(path: Path, kind: type[S]) -> S | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise CkptdError(
+            f"{path} is damaged: {error}. Restore it from a backup, or start over with --fresh "
+            "(the old directory is kept)"
+        ) from error

@@ -1,0 +1,115 @@
+"""The socket that the worker and the command line talk to.
+
+It lies in a directory of its own, readable by its owner alone, under a short path (the name of a Unix
+socket may have 107 bytes, and a run's directory can be deep).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from ckptd import wire
+from ckptd.errors import CkptdError
+
+_DESCRIPTORS_MAX: Final = 4
+_ASK_BOUND_S: Final = 3600.0
+
+
+class Peer:
+    """One connection: a worker's or a command-line tool's."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+
+    def fileno(self) -> int:
+        """Readable when a message came, or the end."""
+        return self._socket.fileno()
+
+    def receive(self) -> tuple[wire.ToSupervisor, list[int]] | None:
+        """The next message and the descriptors that ride on it; None: the peer is gone.
+
+        Raises:
+            ProtocolError: it is no message.
+        """
+        try:
+            packet, descriptors, _, _ = socket.recv_fds(
+                self._socket, wire.MESSAGE_BYTES_MAX, _DESCRIPTORS_MAX
+            )
+        except ConnectionError:
+            return None
+        if not packet:
+            return None
+        return wire.decode_for_supervisor(packet), descriptors
+
+    def send(self, message: wire.ToWorker, descriptors: Sequence[int] = ()) -> None:
+        """Send a message; a peer that is gone does not get it, and that is seen by `receive`."""
+        packet = wire.encode(message)
+        try:
+            if descriptors:
+                socket.send_fds(self._socket, [packet], list(descriptors))
+            else:
+                self._socket.send(packet)
+        except (BrokenPipeError, ConnectionError):
+            return
+
+    def close(self) -> None:
+        """End the connection."""
+        self._socket.close()
+
+
+class Server:
+    """The listening socket."""
+
+    def __init__(self) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="ckptd-"))
+        self.address = str(self._directory / "s")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.bind(self.address)
+        self._socket.listen(16)
+
+    def fileno(self) -> int:
+        """Readable when somebody connects."""
+        return self._socket.fileno()
+
+    def accept(self) -> Peer:
+        """The connection of who connected."""
+        return Peer(self._socket.accept()[0])
+
+    def close(self) -> None:
+        """Stop listening and remove the socket."""
+        self._socket.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def ask(address: str, what: str, bound_s: float = _ASK_BOUND_S) -> wire.Answer:
+    """Ask a running supervisor something and wait for its answer.
+
+    Raises:
+        CkptdError: it is gone, or does not answer within the bound.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(bound_s)
+        try:
+            connection.connect(address)
+            connection.send(wire.encode(wire.Ask(what)))
+            packet = connection.recv(wire.MESSAGE_BYTES_MAX)
+        except OSError as error:
+            raise CkptdError(f"the supervisor does not answer: {error}") from error
+    if not packet:
+        raise CkptdError("the supervisor ended before it answered")
+    answer = wire.decode_for_worker(packet)
+    if not isinstance(answer, wire.Answer):
+        raise CkptdError(f"the supervisor answered with a {type(answer).__name__}")
+    return answer
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    """Close descriptors that came with a message nobody wanted."""
+    for descriptor in descriptors:
+        os.close(descriptor)

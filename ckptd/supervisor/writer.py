@@ -1,0 +1,127 @@
+"""The thread that publishes snapshots, so that the supervisor stays awake while a disk is slow.
+
+At most one snapshot is written at a time (the machine sees to it). Results come back through a queue
+and a descriptor that becomes readable.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptd import wire
+from ckptd.errors import FencedError, NotDurableError
+from ckptd.host import memory
+from ckptd.host.disk import Disk
+from ckptd.store import fence, store
+
+
+@dataclass(frozen=True)
+class Job:
+    """A snapshot to publish; the memfd stays the caller's."""
+
+    snapshot: wire.Snapshot
+    descriptor: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of it: durable (`why` None), or not, and why."""
+
+    generation: int
+    step: int
+    why: str | None = None
+    fenced: bool = False
+
+
+class Writer:
+    """Publishes into one run's checkpoints.
+
+    Args:
+        disk: where to.
+        run: the run's directory.
+        attempt: gives the current attempt's number.
+        keep: checkpoints to keep.
+        wall_s: the time of day.
+        say: tells a person; called from the thread.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        run: Path,
+        attempt: Callable[[], int],
+        keep: int,
+        wall_s: Callable[[], float],
+        say: Callable[[str], None],
+    ) -> None:
+        self._disk, self._run, self._attempt = disk, run, attempt
+        self._keep, self._wall_s, self._say = keep, wall_s, say
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Done] = queue.SimpleQueue()
+        self._readable, self._wake = os.pipe2(os.O_CLOEXEC)
+        threading.Thread(target=self._work, name="writer", daemon=True).start()
+
+    def fileno(self) -> int:
+        """Readable when a result is there."""
+        return self._readable
+
+    def publish(self, job: Job) -> None:
+        """Begin to publish."""
+        self._jobs.put(job)
+
+    def take(self) -> Done:
+        """The next result; only to be called when `fileno` is readable."""
+        os.read(self._readable, 1)
+        return self._done.get()
+
+    def _work(self) -> None:
+        while True:
+            job = self._jobs.get()
+            done = self._publish(job)
+            self._done.put(done)
+            os.write(self._wake, b".")
+            if done.why is None:
+                self._prune()
+
+    def _publish(self, job: Job) -> Done:
+        snapshot, attempt = job.snapshot, self._attempt()
+        try:
+            publish(self._disk, self._run, snapshot, job.descriptor, attempt, self._wall_s())
+        except FencedError as error:
+            return Done(snapshot.generation, snapshot.step, str(error), fenced=True)
+        except (NotDurableError, OSError) as error:
+            return Done(snapshot.generation, snapshot.step, str(error))
+        return Done(snapshot.generation, snapshot.step)
+
+    def _prune(self) -> None:
+        try:
+            store.prune(self._disk, self._run / "checkpoints", self._keep)
+        except OSError as error:
+            self._say(f"old checkpoints could not be removed: {error}")
+
+
+def publish(
+    disk: Disk, run: Path, snapshot: wire.Snapshot, descriptor: int, attempt: int, created: float
+) -> store.Checkpoint:
+    """Publish a snapshot that lies in a memfd, after the outputs that it counts on.
+
+    Raises:
+        NotDurableError, OSError: the disk refused.
+        FencedError: a newer attempt exists.
+    """
+    with memory.pieces(descriptor, wire.places(snapshot.files)) as files:
+        return store.publish(
+            disk,
+            run / "checkpoints",
+            step=snapshot.step,
+            attempt=attempt,
+            files=files,
+            outputs=map(Path, snapshot.outputs),
+            created=created,
+            fence=lambda: fence.check(disk, run, attempt),
+        )

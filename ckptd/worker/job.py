@@ -1,0 +1,624 @@
+"""What `ckptd.attach` returns: the user's side of a job.
+
+`Job` is a script that runs without `ckptd launch`: every method does what plain Python would do,
+and no more. `LaunchedJob` is the same face with a supervisor behind it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, Final, Literal, TypeVar
+
+from ckptd import wire
+from ckptd.errors import (
+    CannotCarryError,
+    CkptdError,
+    DuplicateNameError,
+    MismatchError,
+    ResumePointMissedError,
+    UsageError,
+)
+from ckptd.host import memory
+from ckptd.host.disk import RealDisk
+from ckptd.store import fence, store
+from ckptd.worker import environment, rng, snapshot, tree
+from ckptd.worker.link import Link
+from ckptd.worker.loops import Loops
+from ckptd.worker.moments import Moment, StreamPosition
+from ckptd.worker.outputs import Outputs
+from ckptd.worker.snapshot import Reader, Writer
+from ckptd.worker.state import Carrier, ObjectCarrier, ParameterNames, Parts, Saved, carrier_for
+from ckptd.worker.tree import Frozen, Json
+
+T = TypeVar("T")
+
+_EXIT_INTERRUPTED: Final = 75
+_EXIT_NOT_DURABLE: Final = 74
+_VALUES_EVERY_S: Final = 0.5
+_VARS: Final = "vars"
+
+
+class Vars:
+    """A namespace for loose values: numbers, strings, containers, tensors.
+
+    `job.vars.best = 0.0` sets one; `job.vars(best=0.0, step=0)` gives defaults that never overwrite
+    what was restored.
+    """
+
+    def __call__(self, **defaults: Any) -> Vars:
+        """Set each value that is not there yet."""
+        for name, value in defaults.items():
+            if name not in self.__dict__:
+                setattr(self, name, value)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"job.vars has no `{name}` yet; give it a first value with job.vars({name}=…)"
+        )
+
+    def __repr__(self) -> str:
+        return f"job.vars({', '.join(f'{k}={v!r}' for k, v in self.__dict__.items())})"
+
+
+class _CheckedVars(Vars):
+    """Refuses at once what a checkpoint couldn't hold hours later."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if type(value) not in (int, float, bool, str, type(None)):
+            tree.freeze(value, f"job.vars.{name}")
+        self.__dict__[name] = value
+
+
+class Job:
+    """A training job, as its script sees it.
+
+    Attributes:
+        vars: loose values that are carried; see `Vars`.
+        resumed: whether this process continues an earlier one.
+    """
+
+    resumed = False
+
+    def __init__(self) -> None:
+        self.vars = Vars()
+
+    def track(self, **named: Any) -> None:
+        """Carry more objects, as `ckptd.attach` does; saved state is restored at once.
+
+        Raises:
+            CannotCarryError: an object, or a value inside it, can't be carried.
+            DuplicateNameError: another object has this name.
+            MismatchError: the checkpoint holds no object of this name.
+        """
+
+    def loop(
+        self, iterable: Iterable[T], *, on_resume: Literal["continue", "restart"] = "continue"
+    ) -> Iterable[T]:
+        """A resumable loop: iterate over what it returns.
+
+        Between two items is a safe point: there the job may be interrupted, and there it continues.
+        Loops nest and follow one another; `break` is fine.
+
+        Args:
+            iterable: a range, a sequence, a DataLoader, anything with `state_dict` and
+                `load_state_dict`, or any other iterable (which is replayed up to its position).
+            on_resume: "continue" with the next item, or "restart" at the first one with the state
+                that the loop was entered with (an evaluation).
+
+        Raises:
+            LoopChangedError: on resume, the iterable is of another kind or length.
+            ResumePointMissedError: on resume, the script took another way than the first time.
+            MismatchError: at the resume point, a tracked object does not fit the checkpoint.
+        """
+        _check_on_resume(on_resume)
+        return iterable
+
+    def enumerate(self, iterable: Iterable[T], start: int = 0) -> Iterable[tuple[int, T]]:
+        """`enumerate(iterable, start)` as a resumable loop: it goes on counting where it was.
+
+        The built-in `enumerate(job.loop(…))` starts at 0 again in a resumed process.
+        """
+        return builtins.enumerate(iterable, start)
+
+    def stream(self, iterable: Iterable[T]) -> Iterator[T]:
+        """An endless iterator, begun anew whenever the iterable ends; its position is carried.
+
+        It is no safe point: take its items within a `job.loop`. In a `zip`, the loop comes first:
+        `zip(job.loop(a), job.stream(b))`.
+        """
+        return _forever(iterable)
+
+    def open(self, path: str | os.PathLike[str], mode: str = "w", **options: Any) -> IO[Any]:
+        """Open an output file (metrics, samples) that is rolled back with the checkpoint.
+
+        Args:
+            path: the file.
+            mode: as for the built-in `open`, for writing.
+            **options: as for the built-in `open`.
+
+        Raises:
+            UsageError: a mode that does not write.
+            MismatchError: on resume, the file is shorter than it was at the checkpoint.
+        """
+        if "b" not in mode:
+            options.setdefault("buffering", 1)
+        return builtins.open(path, mode, **options)  # noqa: PTH123  # any kind of path
+
+    def log(self, **values: Any) -> None:
+        """What `ckptd status` shows. Numbers, strings, one-element tensors.
+
+        A tensor on another device is only read when that costs no wait.
+        """
+
+
+def _forever(iterable: Iterable[T]) -> Iterator[T]:
+    while True:
+        yield from iterable
+
+
+def _check_on_resume(on_resume: str) -> None:
+    if on_resume not in ("continue", "restart"):
+        raise UsageError(f'on_resume={on_resume!r}: it is "continue" or "restart"')
+
+
+class LaunchedJob(Job):
+    """A job under `ckptd launch`.
+
+    Args:
+        address: the supervisor's socket.
+        named: what to carry.
+
+    Raises:
+        CkptdError: the supervisor is gone or refuses this process.
+        CannotCarryError, DuplicateNameError, MismatchError: as for `track`.
+    """
+
+    def __init__(self, address: str, named: dict[str, Any]) -> None:
+        super().__init__()
+        facts = environment.facts()
+        self._link = Link(
+            address, wire.Hello(wire.PROTOCOL, os.getpid(), _rank(), _world_size(), facts)
+        )
+        welcome = self._link.welcome
+        self._run = Path(welcome.run)
+        self.words = self._link.page.words
+        self.answered = 0
+        self.vars = _CheckedVars()
+        self._generation = 0
+        self._carriers: dict[str, Carrier] = {}
+        self._unclaimed: dict[str, dict[str, Json]] = {}
+        self._outputs = Outputs()
+        self._values: dict[str, Any] = {}
+        self._values_due_s = 0.0
+        self._reader: Reader | None = None
+        self._loops = Loops(self)
+        self._began_s = time.monotonic()
+        self._pid = os.getpid()
+        self._leaving = False
+        for text in environment.differences(welcome.environment, facts):
+            self.say(text)
+        with self._refusals():
+            if welcome.checkpoint is not None:
+                self._begin_resuming(Path(welcome.checkpoint))
+            self.track(**named)
+        self._link.forward_signals()
+        atexit.register(self._at_exit)
+
+    # -------------------------------------------------------------- the user's calls
+
+    def track(self, **named: Any) -> None:
+        with self._refusals():
+            for name, target in named.items():
+                self._track(name, target)
+
+    def _track(self, name: str, target: Any) -> None:
+        known = self._carriers.get(name)
+        if known is not None and known.target is not target:
+            raise DuplicateNameError(
+                f"`{name}` names two objects: a {type(known.target).__qualname__} and another "
+                f"{type(target).__qualname__}; give the second one a name of its own"
+            )
+        if name == _VARS or not name.isidentifier():
+            raise CannotCarryError(f"`{name}` can't name a tracked object: choose another word")
+        carrier = carrier_for(name, target)
+        carrier.full(self._naming())  # what can't be carried is said now and not at the first stop
+        self._carriers[name] = carrier
+        if self._reader is None:
+            return
+        saved = self._reader.document["components"]
+        if name not in saved:
+            raise MismatchError(
+                f"`{name}` is tracked, but the checkpoint {self._reader.path.name} holds no such "
+                f"object (it holds {', '.join(sorted(saved))}). Take it out again, or start over "
+                "with `ckptd launch --fresh`. Nothing was changed."
+            )
+        self._restore_early(carrier)
+
+    def loop(
+        self, iterable: Iterable[T], *, on_resume: Literal["continue", "restart"] = "continue"
+    ) -> Iterable[T]:
+        _check_on_resume(on_resume)
+        return Loop(self, iterable, restart=on_resume == "restart", numbered=None)
+
+    def enumerate(self, iterable: Iterable[T], start: int = 0) -> Iterable[tuple[int, T]]:
+        return Loop(self, iterable, restart=False, numbered=start)
+
+    def stream(self, iterable: Iterable[T]) -> Iterator[T]:
+        return self._loops.stream(iterable)
+
+    def open(self, path: str | os.PathLike[str], mode: str = "w", **options: Any) -> IO[Any]:
+        with self._refusals():
+            return self._outputs.open(path, mode, **options)
+
+    def log(self, **values: Any) -> None:
+        self._values.update(values)
+        now_s = time.monotonic()
+        if now_s >= self._values_due_s:
+            self._values_due_s = now_s + _VALUES_EVERY_S
+            self._link.page.write_values(_shown(self._values))
+
+    # -------------------------------------------------------------- what the loops call
+
+    @property
+    def resumed(self) -> bool:  # type: ignore[override]
+        return self._link.welcome.checkpoint is not None
+
+    def iterate(
+        self, items: Iterable[Any], *, restart: bool, numbered: int | None
+    ) -> Iterator[Any]:
+        """The items of one loop."""
+        with self._refusals():
+            yield from self._loops.loop(items, restart=restart, numbered=numbered)
+
+    def moment(self) -> Moment:
+        naming = self._naming()
+        plain: dict[str, tuple[str, Frozen]] = {}
+        for name, carrier in self._all_carriers().items():
+            frozen = carrier.plain(naming)
+            if frozen is not None:
+                plain[name] = (carrier.kind, frozen)
+        plain[_VARS] = (_VARS, tree.freeze(dict(self.vars.__dict__), "job.vars"))
+        return Moment(rng.capture_global(), plain, self._loops.stream_positions())
+
+    def apply(self, moment: Moment) -> None:
+        self._restore_vars(moment.plain[_VARS][1])
+        moment.apply(self._all_carriers(), self._naming())
+        self._loops.restore_streams(moment.streams)
+
+    def say(self, text: str) -> None:
+        if not self._link.send(wire.Said(text)):
+            print(f"ckptd: {text}", file=sys.stderr)  # nobody else is there to say it
+
+    def send_snapshot(self) -> int:
+        self._send(*self._capture(), asked=0)
+        return self._generation
+
+    def answer(self) -> None:
+        word = int(self.words[wire.WORD_REQUEST])
+        request = wire.request_of(word)
+        self.answered = word
+        if request is wire.Request.ORPHANED:
+            self._save_alone()
+        standing = self._loops.standing
+        if standing:
+            self._link.send(wire.Standing(standing, word))
+            generation = standing
+        else:
+            self._send(*self._capture(), asked=word)
+            generation = self._generation
+        if request is wire.Request.LEAVE:
+            self._leave(generation)
+
+    def _leave(self, generation: int) -> None:
+        """Wait for the receipt and end. The state is in the supervisor's hands already."""
+        receipt = self._link.receipt(generation)
+        if receipt is None:
+            self._save_alone()
+        self._exit(_EXIT_INTERRUPTED if isinstance(receipt, wire.Durable) else _EXIT_NOT_DURABLE)
+
+    def _exit(self, code: int) -> None:
+        self._leaving = True
+        raise SystemExit(code)
+
+    # -------------------------------------------------------------- capturing
+
+    def _capture(self) -> tuple[int, list[wire.Extent], list[str]]:
+        """The whole state in a memfd; where its files are; the outputs to sync before it."""
+        writer = Writer()
+        naming = self._naming()
+        components: dict[str, Json] = dict(self._carry_on_unclaimed(writer))
+        for name, carrier in self._all_carriers().items():
+            components[name] = {
+                "kind": carrier.kind,
+                "parts": _entries(writer, name, carrier.kind, carrier.full(naming)),
+            }
+        lengths = self._outputs.flush()
+        document = {
+            "format": snapshot.FORMAT,
+            "components": components,
+            "vars": writer.add(_VARS, tree.freeze(dict(self.vars.__dict__), "job.vars")),
+            "position": self._loops.record(writer),
+            "streams": {
+                key: position.entry(writer)
+                for key, position in self._loops.stream_positions().items()
+            },
+            "generators": rng.capture_global(),
+            "outputs": lengths,
+            "values": _shown(self._values),
+        }
+        descriptor, extents = writer.write(document)
+        return descriptor, extents, list(lengths)
+
+    def _carry_on_unclaimed(self, writer: Writer) -> Iterator[tuple[str, Json]]:
+        """Objects of the checkpoint that the script has not tracked again yet."""
+        for name, component in self._unclaimed.items():
+            if name not in self._carriers:
+                kind, parts = component["kind"], component["frozen"]
+                yield name, {"kind": kind, "parts": _entries(writer, name, kind, parts)}
+
+    def _send(
+        self, descriptor: int, extents: list[wire.Extent], outputs: list[str], *, asked: int
+    ) -> None:
+        self._generation += 1
+        place = self._loops.place_for_people()
+        message = wire.Snapshot(self._generation, self._loops.step, place, extents, outputs, asked)
+        try:
+            self._link.send(message, [descriptor])
+        finally:
+            os.close(descriptor)
+
+    def _save_alone(self) -> None:
+        """The supervisor is gone: publish the state from here, and leave."""
+        descriptor, extents, outputs = self._capture()
+        try:
+            publish_alone(
+                self._run, self._link.welcome, self._loops.step, descriptor, extents, outputs
+            )
+        except CkptdError as error:
+            print(f"ckptd: {error}", file=sys.stderr, flush=True)  # nobody else can
+            self._exit(error.exit_code)
+        finally:
+            os.close(descriptor)
+        self._exit(_EXIT_INTERRUPTED)
+
+    # -------------------------------------------------------------- restoring
+
+    def _begin_resuming(self, path: Path) -> None:
+        store.verify(RealDisk(), path)
+        self._reader = Reader(path)
+        document = self._reader.document
+        rng.check_global(document["generators"])
+        self._outputs.expect(document["outputs"])
+        self._restore_vars(self._reader.frozen(document["vars"]))
+        self._values = dict(document["values"])
+        self._loops.begin_resuming(self._reader, document["position"])
+
+    def _restore_early(self, carrier: Carrier) -> None:
+        """At `track`: what fits is restored; what the script still has to rebuild waits."""
+        assert self._reader is not None, "called while resuming"
+        naming = self._naming()
+        for name, one in _with_parts(carrier).items():
+            component = self._reader.document["components"].get(name)
+            if component is None:
+                continue
+            saved = self._reader.saved(component)
+            try:
+                one.check(saved, naming)
+            except MismatchError:
+                continue  # checked again, and then an error, at the resume point
+            one.restore(saved, naming)
+
+    def restore_everything(self) -> None:
+        """At the resume point: check all that is tracked, then restore it, then the generators."""
+        assert self._reader is not None, "called while resuming"
+        document, naming = self._reader.document, self._naming()
+        carriers = self._all_carriers()
+        components = document["components"]
+        pairs = [
+            (one, self._reader.saved(components[name]))
+            for name, one in _ordered(carriers)
+            if name in components
+        ]
+        for one, saved in pairs:
+            one.check(saved, naming)
+        self._outputs.check()
+        rng.check_global(document["generators"])
+        for one, saved in pairs:
+            one.restore(saved, naming)
+        self._restore_vars(self._reader.frozen(document["vars"]))
+        self._outputs.roll_back()
+        self._loops.restore_streams(
+            {
+                key: StreamPosition.read(self._reader, entry)
+                for key, entry in document["streams"].items()
+            }
+        )
+        self._keep_unclaimed(carriers)
+        rng.restore_global(document["generators"])
+        self._reader.close()
+        self._reader = None
+        self._link.send(wire.Restored(self._loops.step, time.monotonic() - self._began_s))
+
+    def _keep_unclaimed(self, carriers: dict[str, Carrier]) -> None:
+        """Objects that the script will track later than here: kept, and carried on."""
+        assert self._reader is not None, "called while resuming"
+        for name, component in self._reader.document["components"].items():
+            if name not in carriers:
+                parts = {p: self._reader.frozen(e) for p, e in component["parts"].items()}
+                self._unclaimed[name] = {"kind": component["kind"], "frozen": parts}
+
+    def _restore_vars(self, frozen: Frozen) -> None:
+        own = self.vars.__dict__
+        restored = Saved.of(_VARS, {"": frozen}).thaw(frozen.tree, dict(own), name="job.vars")
+        own.clear()
+        own.update(restored)
+
+    # -------------------------------------------------------------- the small things
+
+    def _all_carriers(self) -> dict[str, Carrier]:
+        found: dict[str, Carrier] = {}
+        for carrier in self._carriers.values():
+            found.update(_with_parts(carrier))
+        return found
+
+    def _naming(self) -> ParameterNames:
+        return ParameterNames(self._all_carriers().values())
+
+    def _refusals(self) -> _Refusals:
+        return _Refusals(self._link)
+
+    def _at_exit(self) -> None:
+        """The interpreter ends: say whether in good order."""
+        if os.getpid() != self._pid:
+            return
+        missed = self._reader is not None
+        if missed and not self._leaving:
+            where = self._loops.plan[0].where if self._loops.plan else "?"
+            error = ResumePointMissedError(
+                f"the script ended without coming back to the loop at {where}, in which it was "
+                "interrupted: a branch was not taken that was taken the first time"
+            )
+            print(f"ckptd: {error}", file=sys.stderr, flush=True)  # past any handler
+        self._link.send(wire.Bye(finished=not missed and not self._leaving))
+        if self._link.orphaned:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self._link.drain_output()
+
+
+class Loop(Iterable[Any]):
+    """What `LaunchedJob.loop` returns: iterable once or more, with a length where there is one."""
+
+    def __init__(
+        self, job: LaunchedJob, items: Iterable[Any], *, restart: bool, numbered: int | None
+    ) -> None:
+        self._job = job
+        self._items = items
+        self._restart = restart
+        self._numbered = numbered
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._job.iterate(self._items, restart=self._restart, numbered=self._numbered)
+
+    def __len__(self) -> int:
+        return len(self._items)  # type: ignore[arg-type]  # a TypeError, as without ckptd
+
+
+class _Refusals:
+    """Tells the supervisor of errors that starting again would not mend."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, CkptdError) and not getattr(error, "_ckptd_told", False):
+            error._ckptd_told = True  # type: ignore[attr-defined]  # noqa: SLF001  # nested calls
+            self._link.send(wire.Refused(type(error).__name__, str(error)))
+
+
+def publish_alone(
+    run: Path,
+    welcome: wire.Welcome,
+    step: int,
+    descriptor: int,
+    extents: list[wire.Extent],
+    outputs: list[str],
+) -> None:
+    """Publish a snapshot from the worker, with the supervisor's own function.
+
+    Raises:
+        NotDurableError: the disk refused.
+        FencedError: a newer attempt of the job runs somewhere.
+    """
+    disk = RealDisk()
+    with memory.pieces(descriptor, wire.places(extents)) as files:
+        store.publish(
+            disk,
+            run / "checkpoints",
+            step=step,
+            attempt=welcome.attempt,
+            files=files,
+            outputs=map(Path, outputs),
+            created=time.time(),
+            fence=lambda: fence.check(disk, run, welcome.attempt),
+        )
+    store.prune(disk, run / "checkpoints", welcome.keep)
+
+
+def _entries(writer: Writer, name: str, kind: str, parts: Parts) -> dict[str, Json]:
+    stem = snapshot.file_name(name)
+    return {
+        part: writer.add(
+            f"{stem}.{part}" if part else stem, frozen, own=kind == "module" and not part
+        )
+        for part, frozen in parts.items()
+    }
+
+
+def _with_parts(carrier: Carrier) -> dict[str, Carrier]:
+    """A carrier and, for a plain object, those of the modules and the like inside it."""
+    found: dict[str, Carrier] = {}
+    todo = [carrier]
+    while todo:
+        one = todo.pop()
+        if one.name in found or any(one.target is other.target for other in found.values()):
+            continue
+        found[one.name] = one
+        if isinstance(one, ObjectCarrier):
+            todo += one.parts().values()
+    return found
+
+
+def _ordered(carriers: dict[str, Carrier]) -> list[tuple[str, Carrier]]:
+    """Modules first (optimizers know parameters through them), then optimizers, then the rest."""
+    rank = {"module": 0, "optimizer": 1}
+    return sorted(carriers.items(), key=lambda item: rank.get(item[1].kind, 2))
+
+
+def _shown(values: dict[str, Any]) -> dict[str, float | int | str]:
+    """Values as `ckptd status` shows them; a tensor on another device is left out."""
+    shown: dict[str, float | int | str] = {}
+    for name, value in values.items():
+        if isinstance(value, bool | int | float | str):
+            shown[name] = value
+        elif hasattr(value, "item") and getattr(value, "device", None) is None:
+            shown[name] = value.item()  # a numpy scalar
+        elif hasattr(value, "item") and value.device.type == "cpu" and value.numel() == 1:
+            shown[name] = value.item()
+    return {k: v if not isinstance(v, float) or v - v == 0 else repr(v) for k, v in shown.items()}
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def attach(named: dict[str, Any]) -> Job:
+    """The job of this process; see `ckptd.attach`."""
+    import multiprocessing
+
+    address = os.environ.get(wire.ENV_SOCKET)
+    if address is None or multiprocessing.parent_process() is not None:
+        job = Job()
+        for name, target in named.items():
+            carrier_for(name, target)  # the same error with and without a supervisor
+        return job
+    if _world_size() > 1:
+        raise UsageError(
+            f"this is rank {_rank()} of {_world_size()}: ckptd carries jobs of one process. "
+            "Start it with one process, or without `ckptd launch`."
+        )
+    return LaunchedJob(address, named)

@@ -1,0 +1,162 @@
+"""The worker's end of the wire: the socket, the status page, and the supervisor's death.
+
+Rules:
+
+1. The training loop never waits here and never calls in here while nothing is asked: a thread of
+   its own sits in `recv`, and requests come through the status page.
+2. When the supervisor dies, the job goes on until its next safe point and saves itself there. Until
+   then nothing may break: the worker holds the job's lock and the read end of its own output pipe,
+   and writes what comes out of that pipe into the log itself.
+3. A signal to this process (to its whole group, or from a host that only signals the tasks) is
+   passed on to the supervisor as a notice. The handler sends one packet and returns.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from ckptd import wire
+from ckptd.errors import CkptdError, ProtocolError, UsageError
+
+_FORWARDED: Final = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+_ORPHANED: Final = wire.request_word(2**60, wire.Request.ORPHANED)
+
+
+class Link:
+    """A connection to the supervisor, from `attach` to the end of the process.
+
+    Args:
+        address: the socket's path (`CKPTD_SOCKET`).
+        hello: what is said first.
+
+    Raises:
+        CkptdError: nobody listens there, or the supervisor turns this process away.
+    """
+
+    def __init__(self, address: str, hello: wire.Hello) -> None:
+        self._pid = os.getpid()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket.connect(address)
+        except OSError as error:
+            raise CkptdError(
+                f"the supervisor that started this script is gone ({wire.ENV_SOCKET}={address}: "
+                f"{error.strerror}); start the job again with `ckptd launch`"
+            ) from error
+        self.send(hello)
+        self.welcome, (page, lock, pipe) = self._expect_welcome()
+        self._lock = lock  # held, not used: the job is locked as long as this process lives
+        self._pipe = pipe
+        self._memory = mmap.mmap(page, wire.PAGE_BYTES)
+        os.close(page)
+        self.page = wire.StatusPage(memoryview(self._memory))
+        self._receipts: dict[int, wire.Durable | wire.NotDurable] = {}
+        self._changed = threading.Condition()
+        self._orphaned = False
+        threading.Thread(target=self._listen, name="ckptd", daemon=True).start()
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the supervisor is gone."""
+        return self._orphaned
+
+    def send(self, message: wire.ToSupervisor, descriptors: Sequence[int] = ()) -> bool:
+        """Send one message; False when the supervisor is gone."""
+        packet = wire.encode(message)
+        try:
+            if descriptors:
+                socket.send_fds(self._socket, [packet], list(descriptors))
+            else:
+                self._socket.send(packet)
+        except (BrokenPipeError, ConnectionError):
+            return False
+        return True
+
+    def receipt(self, generation: int) -> wire.Durable | wire.NotDurable | None:
+        """Wait for what became of a snapshot; None: the supervisor died before it said."""
+        with self._changed:
+            self._changed.wait_for(lambda: generation in self._receipts or self._orphaned)
+            return self._receipts.get(generation)
+
+    def forward_signals(self) -> None:
+        """From now on, pass signals on to the supervisor. A handler that the script set stays."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread may set handlers, and only it receives signals
+        for number in _FORWARDED:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                signal.signal(number, self._notice)
+
+    def drain_output(self) -> None:
+        """Bring what is still in the output pipe into the log (when the supervisor is gone)."""
+        os.set_blocking(self._pipe, False)
+        with Path(self.welcome.run, "log").open("ab") as log:
+            while True:
+                try:
+                    chunk = os.read(self._pipe, 1 << 16)
+                except BlockingIOError:
+                    return
+                if not chunk:
+                    return
+                log.write(chunk)
+
+    def _expect_welcome(self) -> tuple[wire.Welcome, tuple[int, int, int]]:
+        packet, descriptors, _, _ = socket.recv_fds(self._socket, wire.MESSAGE_BYTES_MAX, 3)
+        if not packet:
+            raise CkptdError("the supervisor ended before it answered; start the job again")
+        message = wire.decode_for_worker(packet)
+        if isinstance(message, wire.TurnedAway):
+            raise UsageError(f"the supervisor refused this process: {message.why}")
+        if not isinstance(message, wire.Welcome) or len(descriptors) != 3:  # rule
+            raise ProtocolError(
+                f"expected a welcome with three descriptors, got {type(message).__name__} with "
+                f"{len(descriptors)}"
+            )
+        return message, (descriptors[0], descriptors[1], descriptors[2])
+
+    def _listen(self) -> None:
+        """The thread: receipts, and the end of the supervisor."""
+        while True:
+            try:
+                packet = self._socket.recv(wire.MESSAGE_BYTES_MAX)
+            except ConnectionError:
+                packet = b""
+            if not packet:
+                break
+            message = wire.decode_for_worker(packet)
+            if isinstance(message, wire.Durable | wire.NotDurable):
+                with self._changed:
+                    self._receipts[message.generation] = message
+                    self._changed.notify_all()
+        with self._changed:
+            self._orphaned = True
+            self.page.words[wire.WORD_REQUEST] = _ORPHANED
+            self._changed.notify_all()
+        self._keep_output_flowing()
+
+    def _keep_output_flowing(self) -> None:
+        with Path(self.welcome.run, "log").open("ab", buffering=0) as log:
+            while True:
+                try:
+                    chunk = os.read(self._pipe, 1 << 16)
+                except BlockingIOError:
+                    return  # `drain_output` took over: the process ends
+                if not chunk:
+                    return
+                log.write(chunk)
+
+    def _notice(self, number: int, frame: object) -> None:  # noqa: ARG002  # a handler's signature
+        if os.getpid() == self._pid:  # a forked loader worker inherits the handler, not the task
+            self.send(wire.Notice(number))

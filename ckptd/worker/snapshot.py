@@ -1,0 +1,205 @@
+"""A captured state as file images in one memfd, and a checkpoint read back.
+
+A checkpoint's tensors lie in safetensors files: `NAME.safetensors` for each tracked object, under
+the framework's own key names. Everything else is in `state.json`. A captured value (`Frozen`)
+becomes an entry `{"tree": …, "tensors": [[file, key], …]}`; a tensor that safetensors has no type
+for is stored as bytes, and its entry also gives the type and the shape.
+
+Writing is one copy: the images are laid out first (`store.image`), then every tensor is copied,
+bits as bits, to its place in the memfd.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import torch
+from safetensors import safe_open
+
+from ckptd import wire
+from ckptd.errors import DamagedError
+from ckptd.store import image
+from ckptd.worker import tree
+from ckptd.worker.state import Saved
+from ckptd.worker.tree import Frozen, Json
+
+STATE: Final = "state.json"
+FORMAT: Final = 1
+_ALIGNMENT: Final = 4096
+
+#: safetensors' names of the element types that every version since 0.5 reads.
+_DTYPES: Final = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+class Writer:
+    """Collects captured values and the tensors in them, and lays them out as files."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, dict[str, torch.Tensor]] = {}
+        self._placed: dict[tuple[Any, ...], list[Json]] = {}
+
+    def add(self, file: str, frozen: Frozen, *, own: bool = False) -> dict[str, Json]:
+        """The entry for a captured value.
+
+        Args:
+            file: the file for its tensors, without the ending.
+            frozen: the value.
+            own: the file must hold all of them under their exact names, also those that another
+                file holds already (a module's state_dict).
+        """
+        refs = [self._place(f"{file}.safetensors", name, t, own=own) for name, t in frozen.tensors]
+        return {"tree": frozen.tree, "tensors": refs}
+
+    def _place(self, file: str, name: str, tensor: torch.Tensor, *, own: bool) -> list[Json]:
+        same = (
+            (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+            if tensor.numel()
+            else None
+        )
+        if same in self._placed and not own:
+            return self._placed[same]
+        tensors = self._files.setdefault(file, {})
+        key, number = name, 2
+        while key in tensors:
+            key, number = f"{name}#{number}", number + 1
+        tensors[key] = tensor
+        ref: list[Json] = [file, key]
+        if tensor.dtype not in _DTYPES:
+            ref += [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        if same is not None:
+            self._placed.setdefault(same, ref)
+        return ref
+
+    def write(self, document: dict[str, Json]) -> tuple[int, list[wire.Extent]]:
+        """Lay everything out in a new memfd.
+
+        Returns:
+            The memfd, which the caller closes, and where in it each file is.
+        """
+        text = msgspec.json.encode(document)
+        images = {file: _layout(tensors) for file, tensors in self._files.items()}
+        extents = []
+        end = 0
+        for name, length in [(STATE, len(text)), *((f, i.length) for f, i in images.items())]:
+            extents.append(wire.Extent(name, end, length))
+            end += -(-length // _ALIGNMENT) * _ALIGNMENT
+        descriptor = os.memfd_create("ckptd-snapshot", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, end)
+        with mmap.mmap(descriptor, end) as memory:
+            memory[: len(text)] = text
+            for extent in extents[1:]:
+                _fill(memory, extent.offset, images[extent.name], self._files[extent.name])
+        return descriptor, extents
+
+
+def _layout(tensors: dict[str, torch.Tensor]) -> image.Image:
+    specs = []
+    for key, tensor in tensors.items():
+        length = tensor.numel() * tensor.element_size()
+        dtype = _DTYPES.get(tensor.dtype)
+        shape = tuple(tensor.shape) if dtype else (length,)
+        specs.append(image.TensorSpec(key, dtype or "U8", shape, length))
+    return image.layout(specs, {"format": "pt"})
+
+
+def _fill(
+    memory: mmap.mmap, start: int, layout: image.Image, tensors: dict[str, torch.Tensor]
+) -> None:
+    memory[start : start + len(layout.header)] = layout.header
+    for offset, tensor in zip(layout.offsets, tensors.values(), strict=True):
+        if tensor.numel():
+            bits = tree.as_bits(tensor)
+            place = torch.frombuffer(
+                memory, dtype=bits.dtype, count=bits.numel(), offset=start + offset
+            )
+            place.view(bits.shape).copy_(bits)
+            del place  # the mapping can't be closed while a tensor looks into it
+
+
+class Reader:
+    """A checkpoint on disk. Its files were verified before; they are mapped, not read.
+
+    Args:
+        path: the checkpoint's directory.
+
+    Raises:
+        DamagedError: state.json is not what this version writes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.document: dict[str, Json] = msgspec.json.decode((path / STATE).read_bytes())
+        if self.document.get("format") != FORMAT:
+            raise DamagedError(
+                f"{path / STATE}: format {self.document.get('format')!r}, expected {FORMAT} "
+                "(written by another version of ckptd?)"
+            )
+        self._open: dict[str, Any] = {}
+
+    def tensor(self, ref: list[Json]) -> torch.Tensor:
+        """The tensor of a reference in an entry.
+
+        Raises:
+            DamagedError: the file does not hold it.
+        """
+        file, key, *odd = ref
+        if file not in self._open:
+            self._open[file] = safe_open(self.path / file, framework="pt")
+        try:
+            found: torch.Tensor = self._open[file].get_tensor(key)
+        except Exception as error:  # safetensors raises its own kinds
+            raise DamagedError(f"{self.path / file} holds no tensor {key!r}") from error
+        if odd:
+            found = found.clone().view(getattr(torch, odd[0])).reshape(odd[1])
+        return found
+
+    def frozen(self, entry: dict[str, Json]) -> Frozen:
+        """An entry as if it had just been captured, independent of the files."""
+        refs = entry["tensors"]
+        return Frozen(entry["tree"], [(ref[1], self.tensor(ref).clone()) for ref in refs])
+
+    def saved(self, component: dict[str, Json]) -> Saved:
+        """One tracked object's state."""
+        parts = component["parts"]
+        return Saved(
+            component["kind"],
+            {part: entry["tree"] for part, entry in parts.items()},
+            _lookup(self.tensor, parts),
+        )
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._open.clear()
+
+
+def _lookup(
+    tensor: Callable[[list[Json]], torch.Tensor], parts: dict[str, Json]
+) -> Callable[[str, int], torch.Tensor]:
+    return lambda part, number: tensor(parts[part]["tensors"][number])
+
+
+def file_name(name: str) -> str:
+    """A tracked object's name as the stem of a file."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)

@@ -1,0 +1,623 @@
+"""How each kind of tracked object is captured, checked and restored.
+
+A `Carrier` stands for one tracked object. It gives two views of it:
+
+- `full()`: everything, tensors by reference;
+- `plain()`: only the loose values (settings of optimizer groups, train/eval flags, counters, …),
+  which are set back to an *earlier* moment when a loop's item is handed out again; None where an
+  object has none.
+
+Rules:
+
+1. `check` changes nothing and refuses everything that `restore` could not do: all objects are
+   checked before the first one is restored.
+2. `restore` works in place: whoever else holds the object, or a part of it, sees the restored
+   value.
+3. Optimizers are carried by the names of their parameters, so that groups which the script adds
+   during the run come back, and nothing is ever swapped silently by a change of order.
+4. State tensors keep their own dtype: `Optimizer.load_state_dict` would cast float32 moments of a
+   bfloat16 parameter.
+"""
+
+from __future__ import annotations
+
+import types
+from abc import ABC, abstractmethod
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, cast
+
+import numpy as np
+import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ckptd.errors import CannotCarryError, MismatchError
+from ckptd.worker import rng, tree
+from ckptd.worker.tree import Frozen, Json
+
+#: One captured object: part name -> value. The part "" is the object's own file.
+Parts = dict[str, Frozen]
+
+#: What a lookup of a parameter's public name gives: `id(parameter)` -> "model.layer.weight".
+Naming = Mapping[int, str]
+
+_CONTAINERS: Final = (
+    *(list, dict, set, deque, bytearray, OrderedDict, Counter, defaultdict),
+    *(torch.Tensor, np.ndarray),
+)
+_CODE: Final = (
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
+    *(types.ModuleType, type, staticmethod, classmethod, property),
+)
+
+
+class Saved:
+    """One object as a checkpoint (or a moment in memory) holds it.
+
+    Args:
+        tree: part name -> JSON value.
+        tensor: gives the tensor of (part name, number).
+    """
+
+    def __init__(
+        self, kind: str, trees: dict[str, Json], tensor: Callable[[str, int], torch.Tensor]
+    ) -> None:
+        self.kind = kind
+        self.trees = trees
+        self._tensor = tensor
+
+    def tensor(self, number: int, part: str = "") -> torch.Tensor:
+        """The tensor of a number; it may share memory with a file."""
+        return self._tensor(part, number)
+
+    def thaw(self, value: Json, into: Any = None, part: str = "", name: str = "value") -> Any:
+        """A value inside one part; see `tree.thaw`."""
+        return tree.thaw(value, lambda number: self._tensor(part, number), into, name)
+
+    def thawer(self, part: str = "", name: str = "value") -> tree.Thawer:
+        """For a value that is thawed piece by piece."""
+        return tree.Thawer(lambda number: self._tensor(part, number), name)
+
+    @classmethod
+    def of(cls, kind: str, parts: Parts) -> Saved:
+        """What was just captured, without a way through a file."""
+        return cls(
+            kind,
+            {part: frozen.tree for part, frozen in parts.items()},
+            lambda part, number: parts[part].tensors[number][1],
+        )
+
+
+class Carrier(ABC):
+    """One tracked object."""
+
+    kind: str
+
+    def __init__(self, name: str, target: Any) -> None:
+        self.name = name
+        self.target = target
+
+    @abstractmethod
+    def full(self, naming: Naming) -> Parts:
+        """Everything that must come back.
+
+        Raises:
+            CannotCarryError: names the part that can't be carried.
+        """
+
+    def plain(self, naming: Naming) -> Frozen | None:  # noqa: ARG002  # not every kind needs it
+        """The loose values alone; None: this kind has none."""
+        return None
+
+    @abstractmethod
+    def check(self, saved: Saved, naming: Naming) -> None:
+        """Refuse what does not fit.
+
+        Raises:
+            MismatchError: names the object, what the checkpoint holds and what was found.
+        """
+
+    @abstractmethod
+    def restore(self, saved: Saved, naming: Naming) -> None:
+        """Overwrite the object with what was saved, in place."""
+
+    def restore_plain(self, saved: Saved, naming: Naming) -> None:
+        """Overwrite the loose values alone."""
+        self.restore(saved, naming)
+
+    def refuse(self, found: str, expected: str) -> MismatchError:
+        """The error for something that does not fit."""
+        return MismatchError(
+            f"`{self.name}` does not fit the checkpoint: it holds {expected}, "
+            f"the script made {found}. Nothing was changed."
+        )
+
+    def check_kind(self, saved: Saved) -> None:
+        """Refuse an object of another kind."""
+        if saved.kind != self.kind:
+            raise self.refuse(f"a {self.kind}", f"a {saved.kind}")
+
+
+def carrier_for(name: str, target: Any) -> Carrier:
+    """The carrier for an object.
+
+    Raises:
+        CannotCarryError: the object is of a kind that can't be carried; says what to do.
+    """
+    if isinstance(target, torch.nn.Module):
+        return ModuleCarrier(name, target)
+    if isinstance(target, Optimizer) and _keeps_plain_state(target):
+        return OptimizerCarrier(name, target)
+    if rng.is_generator(target):
+        rng.capture(target)  # SystemRandom is refused here and not at the first checkpoint
+        return GeneratorCarrier(name, target)
+    if not isinstance(target, type) and all(
+        callable(getattr(target, method, None)) for method in ("state_dict", "load_state_dict")
+    ):
+        return StatefulCarrier(name, target)
+    if isinstance(target, _CONTAINERS):
+        return ValueCarrier(name, target)
+    what = f"a {type(target).__module__}.{type(target).__qualname__}"
+    if isinstance(target, torch.utils.data.DataLoader):
+        raise CannotCarryError(
+            f"`{name}` is {what}: a loader's position is carried by iterating over "
+            "`job.loop(loader)` or `job.stream(loader)`, it is not tracked"
+        )
+    if target is None or isinstance(target, bool | int | float | complex | str | bytes | tuple):
+        raise CannotCarryError(
+            f"`{name}` is {what}, which can't be changed in place when the job resumes; "
+            f"keep it as `job.vars.{name}` instead"
+        )
+    if isinstance(target, _CODE) or _attributes(target) is None:
+        raise CannotCarryError(
+            f"`{name}` is {what}, which has no state that a checkpoint can hold; give it "
+            "`state_dict` and `load_state_dict`, or track the values inside it"
+        )
+    return ObjectCarrier(name, target)
+
+
+# ------------------------------------------------------------------ modules
+
+
+class ModuleCarrier(Carrier):
+    """A module: its state_dict under its own keys; beside it what a state_dict leaves out.
+
+    Left out by `state_dict` and carried here: non-persistent buffers, gradients that are alive,
+    train/eval flags and `requires_grad`.
+    """
+
+    kind = "module"
+    target: torch.nn.Module
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The user's module inside wrappers of torch.compile, DDP and DataParallel."""
+        module: Any = self.target
+        while True:
+            if isinstance(module, DistributedDataParallel | DataParallel):
+                module = module.module
+            elif isinstance(inner := getattr(module, "_orig_mod", None), torch.nn.Module):
+                module = inner  # torch.compile's wrapper
+            else:
+                return cast("torch.nn.Module", module)
+
+    def full(self, naming: Naming) -> Parts:  # noqa: ARG002
+        weights: list[tuple[str, torch.Tensor]] = []
+        extra: dict[str, Any] = {}
+        for key, value in self.module.state_dict().items():
+            if _is_weight(value):
+                weights.append((_canonical(key), value.detach()))
+            else:
+                extra[_canonical(key)] = value
+        own = Frozen([key for key, _ in weights], weights)
+        beside = {
+            "flags": self._flags(),
+            "extra": extra,
+            "buffers": self._hidden_buffers(),
+            "grads": {
+                _canonical(name): parameter.grad
+                for name, parameter in self.module.named_parameters()
+                if parameter.grad is not None
+            },
+        }
+        return {"": own, "beside": tree.freeze(beside, self.name)}
+
+    def plain(self, naming: Naming) -> Frozen:  # noqa: ARG002
+        return tree.freeze(self._flags(), self.name)
+
+    def check(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+        self.check_kind(saved)
+        found = {
+            _canonical(key): value
+            for key, value in self.module.state_dict().items()
+            if _is_weight(value)
+        }
+        held: list[str] = saved.trees[""]
+        beside = saved.thaw(saved.trees["beside"], part="beside", name=self.name)
+        missing = [key for key in held if key not in found]
+        unexpected = [key for key in found if key not in held]
+        if missing or unexpected:
+            raise MismatchError(
+                f"`{self.name}` does not fit the checkpoint."
+                + _listed(" In the checkpoint but not in the model: ", missing)
+                + _listed(" In the model but not in the checkpoint: ", unexpected)
+                + " Nothing was changed."
+            )
+        for number, key in enumerate(held):
+            there, here = saved.tensor(number), found[key]
+            if torch.nn.parameter.is_lazy(here):
+                continue  # load_state_dict gives it its shape
+            if there.shape != here.shape or there.dtype != here.dtype:
+                raise self.refuse(
+                    f"`{key}` as {_described(here)}", f"`{key}` as {_described(there)}"
+                )
+        names = {_canonical(name) for name, _ in self.module.named_parameters()}
+        _, hidden = beside["flags"], self._hidden_buffers()
+        strangers = [key for key in beside["buffers"] if key not in hidden]
+        strangers += [key for key in beside["grads"] if key not in names]
+        if strangers:
+            raise MismatchError(
+                f"`{self.name}` does not fit the checkpoint."
+                + _listed(" In the checkpoint but not in the model: ", strangers)
+                + " Nothing was changed."
+            )
+
+    def restore(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+        actual = {_canonical(key): key for key in self.module.state_dict()}
+        beside = saved.thaw(saved.trees["beside"], part="beside", name=self.name)
+        state = {actual[key]: saved.tensor(n) for n, key in enumerate(saved.trees[""])}
+        state |= {actual[key]: value for key, value in beside["extra"].items()}
+        self.module.load_state_dict(state)
+        self._restore_hidden_buffers(beside["buffers"])
+        for name, parameter in self.module.named_parameters():
+            parameter.grad = beside["grads"].get(_canonical(name))
+        self._restore_flags(beside["flags"])
+
+    def restore_plain(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+        self._restore_flags(saved.thaw(saved.trees[""], name=self.name))
+
+    def _flags(self) -> dict[str, Any]:
+        training = {_canonical(name): m.training for name, m in self.module.named_modules()}
+        grads = {_canonical(name): p.requires_grad for name, p in self.module.named_parameters()}
+        return {"training": _packed(training), "requires_grad": _packed(grads)}
+
+    def _restore_flags(self, flags: dict[str, Any]) -> None:
+        usual, others = flags["training"]
+        for name, module in self.module.named_modules():
+            module.training = usual if _canonical(name) not in others else not usual
+        usual, others = flags["requires_grad"]
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(usual if _canonical(name) not in others else not usual)
+
+    def _hidden_buffers(self) -> dict[str, torch.Tensor]:
+        kept = self.module.state_dict().keys()
+        return {
+            _canonical(name): buffer
+            for name, buffer in self.module.named_buffers(remove_duplicate=False)
+            if name not in kept
+        }
+
+    def _restore_hidden_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
+        actual = {_canonical(name): name for name, _ in self.module.named_buffers()}
+        for name, value in buffers.items():
+            owner_name, _, leaf = actual[name].rpartition(".")
+            owner = self.module.get_submodule(owner_name)
+            here = getattr(owner, leaf)
+            if here.shape == value.shape and here.dtype == value.dtype:
+                tree.copy_bits(here, value)
+            else:
+                setattr(owner, leaf, value.to(here.device))
+
+
+# ------------------------------------------------------------------ optimizers
+
+
+def _keeps_plain_state(optimizer: Optimizer) -> bool:
+    """Whether `.state` and `.param_groups` are all of it (the class overrides neither method)."""
+    cls = type(optimizer)
+    return (
+        cls.state_dict is Optimizer.state_dict and cls.load_state_dict is Optimizer.load_state_dict
+    )
+
+
+class OptimizerCarrier(Carrier):
+    """An optimizer: groups, their settings and their parameters by name; state by parameter."""
+
+    kind = "optimizer"
+    target: Optimizer
+
+    def full(self, naming: Naming) -> Parts:
+        names = self._names(naming)
+        state: dict[str, Any] = {}
+        loose: dict[str, Any] = {}
+        for key, value in self.target.state.items():
+            if isinstance(key, torch.Tensor):
+                if id(key) in names:  # state of a parameter that is in no group any more: dropped
+                    state[names[id(key)]] = value
+            else:
+                loose[str(key)] = value
+        whole = {
+            "type": type(self.target).__qualname__,
+            "groups": self._groups(naming),
+            "state": {name: dict(value) for name, value in state.items()},
+            "loose": loose,
+        }
+        return {"": tree.freeze(whole, self.name)}
+
+    def plain(self, naming: Naming) -> Frozen:
+        return tree.freeze({"groups": self._groups(naming)}, self.name)
+
+    def check(self, saved: Saved, naming: Naming) -> None:
+        self.check_kind(saved)
+        value = saved.thaw(saved.trees[""], name=self.name)
+        if value["type"] != type(self.target).__qualname__:
+            raise self.refuse(f"a {type(self.target).__qualname__}", f"a {value['type']}")
+        known = self._parameters(naming)
+        wanted = [name for group in value["groups"] for name in group["params"]]
+        strangers = [name for name in wanted if name not in known]
+        if strangers:
+            raise MismatchError(
+                f"`{self.name}` does not fit the checkpoint."
+                + _listed(" Parameters that the checkpoint knows and the script not: ", strangers)
+                + " Parameters are known by name through the tracked modules: track the module "
+                "that holds them. Nothing was changed."
+            )
+
+    def restore(self, saved: Saved, naming: Naming) -> None:
+        known = self._parameters(naming)
+        held = dict(_pairs(saved.trees[""]))
+        thawer = saved.thawer(name=self.name)
+        self._restore_groups(held["groups"], known, thawer)
+        old: dict[Any, Any] = dict(self.target.state)
+        self.target.state.clear()
+        for name, entry in _pairs(held["state"]):
+            parameter = known[name]
+            self.target.state[parameter] = thawer.thaw(entry, old.get(parameter, {}))
+        state: dict[Any, Any] = self.target.state
+        for key, entry in _pairs(held["loose"]):
+            state[key] = thawer.thaw(entry, old.get(key))
+
+    def restore_plain(self, saved: Saved, naming: Naming) -> None:
+        held = dict(_pairs(saved.trees[""]))
+        self._restore_groups(held["groups"], self._parameters(naming), saved.thawer(name=self.name))
+
+    def _names(self, naming: Naming) -> dict[int, str]:
+        """Public names; a parameter of no tracked module is known by its place ("0.3")."""
+        return {
+            id(parameter): naming.get(id(parameter), f"{g}.{p}")
+            for g, group in enumerate(self.target.param_groups)
+            for p, parameter in enumerate(group["params"])
+        }
+
+    def _parameters(self, naming: Naming) -> dict[str, torch.Tensor]:
+        own = {
+            naming.get(id(parameter), f"{g}.{p}"): parameter
+            for g, group in enumerate(self.target.param_groups)
+            for p, parameter in enumerate(group["params"])
+        }
+        return {**getattr(naming, "parameters", {}), **own}
+
+    def _groups(self, naming: Naming) -> list[dict[str, Any]]:
+        names = self._names(naming)
+        return [
+            {
+                "params": [names[id(parameter)] for parameter in group["params"]],
+                "settings": {key: value for key, value in group.items() if key != "params"},
+            }
+            for group in self.target.param_groups
+        ]
+
+    def _restore_groups(
+        self, held: Json, known: dict[str, torch.Tensor], thawer: tree.Thawer
+    ) -> None:
+        groups = held["items"]
+        live = self.target.param_groups
+        del live[len(groups) :]
+        while len(live) < len(groups):
+            live.append({})
+        for group, entry in zip(live, groups, strict=True):
+            fields = dict(_pairs(entry))
+            params = [known[name] for name in thawer.thaw(fields["params"])]
+            settings = {key: value for key, value in group.items() if key != "params"}
+            restored = thawer.thaw(fields["settings"], settings)
+            group.clear()
+            group.update(params=params, **restored)
+
+
+# ------------------------------------------------------------------ the other kinds
+
+
+class GeneratorCarrier(Carrier):
+    """A random generator."""
+
+    kind = "generator"
+
+    def full(self, naming: Naming) -> Parts:  # noqa: ARG002
+        return {"": Frozen(rng.capture(self.target), [])}
+
+    def plain(self, naming: Naming) -> Frozen:
+        return self.full(naming)[""]
+
+    def check(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+        self.check_kind(saved)
+        rng.check(self.target, saved.trees[""], self.name)
+
+    def restore(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+        rng.restore(self.target, saved.trees[""])
+
+
+class StatefulCarrier(Carrier):
+    """Anything with `state_dict` and `load_state_dict`: schedulers, scalers, samplers, EMAs."""
+
+    kind = "stateful"
+
+    def full(self, naming: Naming) -> Parts:  # noqa: ARG002
+        state = {
+            "type": type(self.target).__qualname__,
+            "state": self.target.state_dict(),
+        }
+        return {"": tree.freeze(state, self.name)}
+
+    def plain(self, naming: Naming) -> Frozen | None:
+        frozen = self.full(naming)[""]
+        # A scheduler's learning rate may be a tensor; another object's tensors are its big state.
+        return frozen if isinstance(self.target, LRScheduler) or not frozen.tensors else None
+
+    def check(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+        self.check_kind(saved)
+        kind = saved.thaw(dict(_pairs(saved.trees[""]))["type"])
+        if kind != type(self.target).__qualname__:
+            raise self.refuse(f"a {type(self.target).__qualname__}", f"a {kind}")
+
+    def restore(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+        self.target.load_state_dict(saved.thaw(saved.trees[""], name=self.name)["state"])
+
+
+class ValueCarrier(Carrier):
+    """A tensor, an array or a container, restored in place."""
+
+    kind = "value"
+
+    def full(self, naming: Naming) -> Parts:  # noqa: ARG002
+        return {"": tree.freeze(self.target, self.name)}
+
+    def plain(self, naming: Naming) -> Frozen | None:
+        if isinstance(self.target, torch.Tensor | np.ndarray):
+            return None
+        return self.full(naming)[""]
+
+    def check(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+        self.check_kind(saved)
+        there = saved.thaw(saved.trees[""], name=self.name)
+        if type(there) is not type(self.target):
+            raise self.refuse(f"a {type(self.target).__name__}", f"a {type(there).__name__}")
+        if isinstance(there, torch.Tensor | np.ndarray) and (
+            there.shape != self.target.shape or there.dtype != self.target.dtype
+        ):
+            raise self.refuse(_described(self.target), _described(there))
+        if isinstance(there, deque) and there.maxlen != self.target.maxlen:
+            raise self.refuse(f"maxlen={self.target.maxlen}", f"maxlen={there.maxlen}")
+
+    def restore(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+        restored = saved.thaw(saved.trees[""], self.target, name=self.name)
+        if restored is not self.target:
+            raise self.refuse("something that can't be overwritten in place", "its elements")
+
+
+class ObjectCarrier(Carrier):
+    """A plain object: its attributes. Modules, optimizers and the like inside it are parts.
+
+    Parts are carriers of their own (`job` asks for them with `parts`), named `object.attribute`.
+    Functions, classes and modules are code and not state: they are left as the script made them.
+    """
+
+    kind = "object"
+
+    def parts(self) -> dict[str, Carrier]:
+        """Attributes that need a carrier of their own, by attribute name."""
+        found = {}
+        for name, value in (_attributes(self.target) or {}).items():
+            if isinstance(value, (*_CODE, *_CONTAINERS)):
+                continue
+            if value is None or _is_plain_value(value):
+                continue
+            found[name] = carrier_for(f"{self.name}.{name}", value)
+        return found
+
+    def full(self, naming: Naming) -> Parts:  # noqa: ARG002
+        return {"": tree.freeze(self._values(), self.name)}
+
+    def plain(self, naming: Naming) -> Frozen:
+        return self.full(naming)[""]
+
+    def check(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+        self.check_kind(saved)
+
+    def restore(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+        for name, value in saved.thaw(saved.trees[""], self._values(), name=self.name).items():
+            if getattr(self.target, name, None) is not value:
+                setattr(self.target, name, value)
+
+    def _values(self) -> dict[str, Any]:
+        parts = self.parts()
+        return {
+            name: value
+            for name, value in (_attributes(self.target) or {}).items()
+            if name not in parts and not isinstance(value, _CODE)
+        }
+
+
+# ------------------------------------------------------------------ helpers
+
+
+class ParameterNames(dict[int, str]):
+    """`id(parameter)` -> public name, over all tracked modules; `parameters` is the way back."""
+
+    def __init__(self, carriers: Iterable[Carrier]) -> None:
+        super().__init__()
+        self.parameters: dict[str, torch.Tensor] = {}
+        for carrier in carriers:
+            if isinstance(carrier, ModuleCarrier):
+                for name, parameter in carrier.module.named_parameters():
+                    public = f"{carrier.name}.{_canonical(name)}"
+                    if id(parameter) not in self:
+                        self[id(parameter)] = public
+                    self.parameters[public] = parameter
+
+
+def _is_weight(value: Any) -> bool:
+    """Whether a safetensors file can hold it under its own name."""
+    return (
+        isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
+    )
+
+
+def _canonical(key: str) -> str:
+    """A state_dict key without the names that compiled submodules add."""
+    return ".".join(part for part in key.split(".") if part != "_orig_mod")
+
+
+def _packed(flags: dict[str, bool]) -> tuple[bool, set[str]]:
+    """Flags as the usual one and the names of the others: thousands of equal ones cost nothing."""
+    usual = sum(flags.values()) * 2 >= len(flags)
+    return usual, {name for name, flag in flags.items() if flag != usual}
+
+
+def _pairs(frozen: Json) -> list[tuple[str, Json]]:
+    """The items of a frozen dict with string keys."""
+    return [(key, value) for key, value in frozen["items"]]
+
+
+def _attributes(target: Any) -> dict[str, Any] | None:
+    """An object's own attributes; None when it has no place for any."""
+    slots = []
+    for cls in type(target).__mro__:
+        own = cls.__dict__.get("__slots__", ())
+        slots += [own] if isinstance(own, str) else list(own)
+    slots = [slot for slot in slots if slot not in ("__dict__", "__weakref__")]
+    if not hasattr(target, "__dict__") and not slots:
+        return None
+    values = {slot: getattr(target, slot) for slot in slots if hasattr(target, slot)}
+    return {**values, **getattr(target, "__dict__", {})}
+
+
+def _is_plain_value(value: Any) -> bool:
+    try:
+        tree.freeze(value, "")
+    except CannotCarryError:
+        return False
+    return not rng.is_generator(value)
+
+
+def _described(value: Any) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+def _listed(text: str, names: list[str], most: int = 5) -> str:
+    if not names:
+        return ""
+    shown = ", ".join(f"`{name}`" for name in names[:most])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{text}{shown}{more}."

@@ -1,0 +1,77 @@
+"""A script that interrupts its own job at an exact moment, once.
+
+INTERRUPT="moment:signal" chooses both; INTERRUPT_ONCE names a file that remembers that it was done.
+Signals: TERM and USR1 go to the supervisor, "KILL worker" and "KILL supervisor" to whom they say.
+"the flush" is the moment at which a flush, asked for by a SIGTERM in mid-epoch, captures the state.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+_BOUND_S = 60
+
+
+class Interruption:
+    """A tracked object: its `state_dict` is called by every flush."""
+
+    def __init__(self):
+        moment, _, self.signal = os.environ.get("INTERRUPT", ":").partition(":")
+        self.moment = moment
+        self.once = Path(os.environ.get("INTERRUPT_ONCE", "/nonexistent/marker"))
+        self.supervisor = os.getppid()
+        self.job = None
+        self.flushing = False
+
+    def state_dict(self):
+        if self.flushing:
+            self.flushing = False
+            self._strike()
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+    def checkpoint_first(self):
+        """Have one durable checkpoint, so that a kill has something to come back to."""
+        if self.moment and not self.once.exists():
+            self._signal_and_see(signal.SIGUSR2)
+
+    def at(self, moment):
+        """The script is at a moment; interrupt there if it was chosen and not done yet."""
+        if self.once.exists() or self.moment not in (moment, "the flush"):
+            return
+        if self.moment == "the flush":
+            if moment == "mid-epoch":
+                self.once.touch()
+                self._signal_and_see(signal.SIGTERM)
+                self.flushing = True
+        elif self.moment == moment:
+            self.once.touch()
+            self._strike()
+
+    def _strike(self):
+        print("striking:", self.moment, self.signal, file=sys.stderr, flush=True)
+        if self.signal == "KILL worker":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.signal == "KILL supervisor":
+            self._signal_and_see(signal.SIGKILL)
+        elif self.flushing_already():
+            os.kill(self.supervisor, getattr(signal, f"SIG{self.signal}"))
+        else:
+            self._signal_and_see(getattr(signal, f"SIG{self.signal}"))
+
+    def flushing_already(self):
+        return self.moment == "the flush"
+
+    def _signal_and_see(self, number):
+        """Send it to the supervisor, and go on when the request has arrived at this process."""
+        before = self.job.words[0]
+        os.kill(self.supervisor, number)
+        bound = time.monotonic() + _BOUND_S
+        while self.job.words[0] == before:
+            if time.monotonic() > bound:
+                sys.exit("no request arrived")
+            time.sleep(0.001)
