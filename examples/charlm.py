@@ -136,7 +136,9 @@ def main():
         val_loss = job.vars.val_loss
         if val_loss < job.vars.best_loss:
             job.vars.best_loss = val_loss
-            job.vars.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
+            job.vars.best_weights = {
+                name: value.clone() for name, value in model.state_dict().items()
+            }
         metrics.write(f"{epoch},{job.vars.total / len(train_loader)!r},{val_loss!r}\n")
         print(f"epoch {epoch}: validation loss {val_loss:.4f}")
 

@@ -93,7 +93,12 @@ class LoaderFeed(Feed):
         if done == 0 and not again:
             return self.fresh()
         if workers == 0:
-            return iter(_remade(self.loader, _Batches(self.loader, done, 0, None), None))
+            batches = _Batches(self.loader, done, 0, None)
+            iterator = iter(_remade(self.loader, batches, None))
+            # Here and now, and not at the first `next`: a sampler draws its seed when it is first
+            # asked, and by then the generators will have been set to the resume point's state.
+            batches.skip()
+            return iterator
         if position["workers"] != workers:
             raise LoopChangedError(
                 f"a DataLoader had {position['workers']} workers when the job was interrupted, "
@@ -240,23 +245,32 @@ class _Batches:
     def begin_at(self, done: int, empty: int, reset: Callable[[], None] | None) -> None:
         """Where the next iteration begins."""
         self._done, self._empty, self._reset = done, empty, reset
+        self._left = 0
+        self._indices: Iterator[Any] = iter(())
 
     def __iter__(self) -> Iterator[Any]:
         # The user's sampler is asked for its iterator here and now: a DataLoader with workers asks
         # twice, and a sampler that draws when it is asked must be asked as often.
         if self._reset is not None:
             self._reset()
-        return self._indices(iter(self._sampler), self._done, self._empty)
+        self._indices = iter(self._sampler)
+        self._left = self._done
+        return self._handed_out(self._indices, self._empty)
 
-    def _indices(self, indices: Iterator[Any], done: int, empty: int) -> Iterator[Any]:
-        for taken in range(done):
+    def skip(self) -> None:
+        """Drop the first index lists of the iteration that was begun last."""
+        while self._left:
             try:
-                next(indices)
+                next(self._indices)
             except StopIteration:
                 raise LoopChangedError(
-                    f"a DataLoader's sampler gave at least {done} batches when the job was "
-                    f"interrupted, it gives {taken} now"
+                    f"a DataLoader's sampler gave at least {self._done} batches when the job was "
+                    f"interrupted, it gives {self._done - self._left} now"
                 ) from None
+            self._left -= 1
+
+    def _handed_out(self, indices: Iterator[Any], empty: int) -> Iterator[Any]:
+        self.skip()
         for _ in range(empty):
             yield []
         for index in indices:

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Literal, TypeVar
 
@@ -192,6 +193,7 @@ class LaunchedJob(Job):
         self.answered = 0
         self.vars = _CheckedVars()
         self._generation = 0
+        self._kept: _Captured | None = None
         self._carriers: dict[str, Carrier] = {}
         self._unclaimed: dict[str, dict[str, Json]] = {}
         self._outputs = Outputs()
@@ -296,9 +298,19 @@ class LaunchedJob(Job):
         if not self._link.send(wire.Said(text)):
             print(f"ckptd: {text}", file=sys.stderr)  # nobody else is there to say it
 
-    def send_snapshot(self) -> int:
-        self._send(*self._capture(), asked=0)
+    def send_snapshot(self, *, keep: bool) -> int:
+        captured = self._capture()
+        self._send(captured, asked=0)
+        if keep:
+            self._kept = captured
+        else:
+            os.close(captured.descriptor)
         return self._generation
+
+    def drop_snapshot(self) -> None:
+        if self._kept is not None:
+            os.close(self._kept.descriptor)
+            self._kept = None
 
     def answer(self) -> None:
         word = int(self.words[wire.WORD_REQUEST])
@@ -311,7 +323,9 @@ class LaunchedJob(Job):
             self._link.send(wire.Standing(standing, word))
             generation = standing
         else:
-            self._send(*self._capture(), asked=word)
+            captured = self._capture()
+            self._send(captured, asked=word)
+            os.close(captured.descriptor)
             generation = self._generation
         if request is wire.Request.LEAVE:
             self._leave(generation)
@@ -329,8 +343,8 @@ class LaunchedJob(Job):
 
     # -------------------------------------------------------------- capturing
 
-    def _capture(self) -> tuple[int, list[wire.Extent], list[str]]:
-        """The whole state in a memfd; where its files are; the outputs to sync before it."""
+    def _capture(self) -> _Captured:
+        """The whole state in a memfd."""
         writer = Writer()
         naming = self._naming()
         components: dict[str, Json] = dict(self._carry_on_unclaimed(writer))
@@ -354,7 +368,7 @@ class LaunchedJob(Job):
             "values": _shown(self._values),
         }
         descriptor, extents = writer.write(document)
-        return descriptor, extents, list(lengths)
+        return _Captured(descriptor, self._loops.step, extents, list(lengths))
 
     def _carry_on_unclaimed(self, writer: Writer) -> Iterator[tuple[str, Json]]:
         """Objects of the checkpoint that the script has not tracked again yet."""
@@ -363,29 +377,26 @@ class LaunchedJob(Job):
                 kind, parts = component["kind"], component["frozen"]
                 yield name, {"kind": kind, "parts": _entries(writer, name, kind, parts)}
 
-    def _send(
-        self, descriptor: int, extents: list[wire.Extent], outputs: list[str], *, asked: int
-    ) -> None:
+    def _send(self, captured: _Captured, *, asked: int) -> None:
         self._generation += 1
-        place = self._loops.place_for_people()
-        message = wire.Snapshot(self._generation, self._loops.step, place, extents, outputs, asked)
-        try:
-            self._link.send(message, [descriptor])
-        finally:
-            os.close(descriptor)
+        message = wire.Snapshot(
+            self._generation,
+            captured.step,
+            self._loops.place_for_people(),
+            captured.extents,
+            captured.outputs,
+            asked,
+        )
+        self._link.send(message, [captured.descriptor])
 
     def _save_alone(self) -> None:
         """The supervisor is gone: publish the state from here, and leave."""
-        descriptor, extents, outputs = self._capture()
+        captured = self._kept or self._capture()
         try:
-            publish_alone(
-                self._run, self._link.welcome, self._loops.step, descriptor, extents, outputs
-            )
+            _publish_alone(self._run, self._link.welcome, captured)
         except CkptdError as error:
             print(f"ckptd: {error}", file=sys.stderr, flush=True)  # nobody else can
             self._exit(error.exit_code)
-        finally:
-            os.close(descriptor)
         self._exit(_EXIT_INTERRUPTED)
 
     # -------------------------------------------------------------- restoring
@@ -526,14 +537,17 @@ class _Refusals:
             self._link.send(wire.Refused(type(error).__name__, str(error)))
 
 
-def publish_alone(
-    run: Path,
-    welcome: wire.Welcome,
-    step: int,
-    descriptor: int,
-    extents: list[wire.Extent],
-    outputs: list[str],
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """A whole state in a memfd; the outputs are to be synced before it is published."""
+
+    descriptor: int
+    step: int
+    extents: list[wire.Extent]
+    outputs: list[str]
+
+
+def _publish_alone(run: Path, welcome: wire.Welcome, captured: _Captured) -> None:
     """Publish a snapshot from the worker, with the supervisor's own function.
 
     Raises:
@@ -541,14 +555,14 @@ def publish_alone(
         FencedError: a newer attempt of the job runs somewhere.
     """
     disk = RealDisk()
-    with memory.pieces(descriptor, wire.places(extents)) as files:
+    with memory.pieces(captured.descriptor, wire.places(captured.extents)) as files:
         store.publish(
             disk,
             run / "checkpoints",
-            step=step,
+            step=captured.step,
             attempt=welcome.attempt,
             files=files,
-            outputs=map(Path, outputs),
+            outputs=map(Path, captured.outputs),
             created=time.time(),
             fence=lambda: fence.check(disk, run, welcome.attempt),
         )

@@ -55,8 +55,11 @@ class Host(Protocol):
     def answer(self) -> None:
         """Take a snapshot for the request on the page; may end the process."""
 
-    def send_snapshot(self) -> int:
-        """Send a snapshot that nobody asked for; its generation."""
+    def send_snapshot(self, *, keep: bool) -> int:
+        """Send a snapshot that nobody asked for; its generation. `keep`: until `drop_snapshot`."""
+
+    def drop_snapshot(self) -> None:
+        """The kept snapshot does not stand for the job any more."""
 
     def restore_everything(self) -> None:
         """At the resume point: check, then restore all that is tracked."""
@@ -214,8 +217,9 @@ class Loops:
                 for item in self._items(frame, iterator, slot):
                     yield numbered + frame.done, item
         frame.phase, frame.handed = "end", None
+        self._end_restart(frame)
         if not self._inside_restart() and isinstance(parent, Root) and not self.plan:
-            self._host.send_snapshot()
+            self._host.send_snapshot(keep=False)
         if words[wire.WORD_REQUEST] != self._host.answered:
             self._answer()
 
@@ -267,7 +271,7 @@ class Loops:
             position = self._adopt(frame)
         frame.entry = Entry.of(frame.feed)
         if frame.restart and not self._inside_restart(below=frame) and not self._blind():
-            frame.standing = self._host.send_snapshot()
+            frame.standing = self._host.send_snapshot(keep=True)
         if self._host.words[wire.WORD_REQUEST] != self._host.answered:
             self._answer()
         if position is None:
@@ -277,7 +281,7 @@ class Loops:
     def _reenter(self, frame: Frame, saved: SavedLoop) -> Iterator[Any] | None:
         """Go back to where a loop was; None: it had nothing left."""
         innermost = len(self.plan) == 1
-        frame.finished, frame.restart = dict(saved.finished), frame.restart
+        frame.finished = dict(saved.finished)
         if innermost and saved.phase != "item":
             self._restore_here(frame, saved)
             return self._enter(frame, saved) if saved.phase == "entry" else None
@@ -306,6 +310,7 @@ class Loops:
         """Exhausted, broken out of, or left by an exception: the loop is over."""
         if frame not in self._stack or sys.is_finalizing():
             return
+        self._end_restart(frame)
         del self._stack[self._stack.index(frame) :]
         self._host.words[wire.WORD_DEPTH] = len(self._stack) - 1
         if self.plan:
@@ -319,6 +324,13 @@ class Loops:
         while len(parent.finished) > _FINISHED_MAX:
             del parent.finished[next(iter(parent.finished))]
 
+    def _end_restart(self, frame: Frame) -> None:
+        """The snapshot of a restart loop's entry stands for the job only within the loop."""
+        if frame.standing:
+            frame.standing = 0
+            self._host.drop_snapshot()
+        frame.restart = False
+
     def _skip(self, parent: Frame, ordinal: int, items: Iterable[Any]) -> None:
         """A loop that was finished before the interruption: only its end is made to be again."""
         place = f"{self._place()}.{ordinal}" if len(self._stack) > 1 else str(ordinal)
@@ -331,6 +343,8 @@ class Loops:
 
     def _cut(self, frame: Frame) -> None:
         """Inner loops that nobody iterates over any more (their iterator is still referenced)."""
+        for stale in self._stack[self._stack.index(frame) + 1 :]:
+            self._end_restart(stale)
         del self._stack[self._stack.index(frame) + 1 :]
 
     # -------------------------------------------------------------- finding the position again

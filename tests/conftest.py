@@ -1,0 +1,61 @@
+"""What all tests share: how a real job is launched and its result read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent / "scripts"
+BOUND_S = 240
+
+
+@dataclass
+class Workshop:
+    """A directory for one job, and the commands to run it."""
+
+    path: Path
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """Ours, without what would change a job's bits; restarts without a pause."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("CKPTD", "SLURM"))}
+        return {**kept, "CKPTD_BACKOFF": "0.01", "OMP_NUM_THREADS": "1", **more}
+
+    def command(self, *options: str, name: str = "job") -> list[str]:
+        """`ckptd launch` with its runs in this directory."""
+        head = [sys.executable, "-m", "ckptd", "launch", "--dir", str(self.path / "runs")]
+        return [*head, "--name", name, *options, "--"]
+
+    def launch(
+        self, *argv: str, options: tuple[str, ...] = (), **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command under `ckptd launch` until the supervisor ends."""
+        return subprocess.run(
+            [*self.command(*options), *argv],
+            cwd=self.path,
+            env=self.environment(**environment),
+            capture_output=True,
+            text=True,
+            timeout=BOUND_S,
+            check=False,
+        )
+
+    def plain(self, *argv: str) -> None:
+        """Run a command without ckptd."""
+        subprocess.run(argv, cwd=self.path, env=self.environment(), check=True, timeout=BOUND_S)
+
+    def journal(self, name: str = "job") -> list[dict[str, object]]:
+        """What the supervisor wrote down."""
+        from ckptd.supervisor import journal
+
+        return journal.read(self.path / "runs" / name / "journal.jsonl")
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    """An empty directory to run a job in."""
+    return Workshop(tmp_path)
