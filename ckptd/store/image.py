@@ -14,7 +14,8 @@ from typing import Final
 import msgspec
 
 _ALIGNMENT: Final = 64
-_LENGTH_BYTES: Final = 8
+#: The width of the header's length, the first thing in a file.
+LENGTH_BYTES: Final = 8
 
 #: Bytes of one element, by safetensors' name of its type.
 ELEMENT_BYTES: Final = {
@@ -74,10 +75,10 @@ def layout(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = N
             "data_offsets": [begins[i], end],
         }
     text = msgspec.json.encode(header)
-    text += b" " * (-(len(text) + _LENGTH_BYTES) % _ALIGNMENT)
-    start = _LENGTH_BYTES + len(text)
+    text += b" " * (-(len(text) + LENGTH_BYTES) % _ALIGNMENT)
+    start = LENGTH_BYTES + len(text)
     return Image(
-        len(text).to_bytes(_LENGTH_BYTES, "little") + text,
+        len(text).to_bytes(LENGTH_BYTES, "little") + text,
         [start + begin for begin in begins],
         start + end,
     )

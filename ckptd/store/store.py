@@ -44,6 +44,18 @@ class SetAside:
     why: str
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint in a listing; what an unreadable manifest would say is -1."""
+
+    path: Path
+    step: int
+    attempt: int
+    length: int
+    created: float
+    state: str
+
+
 def publish(
     disk: Disk,
     checkpoints: Path,
@@ -178,6 +190,28 @@ def verify(disk: Disk, path: Path) -> Manifest:
                 "its content was changed"
             )
     return manifest
+
+
+def listing(disk: Disk, checkpoints: Path) -> list[Listed]:
+    """All checkpoints, newest first, then those set aside. By their manifests; sums are not read."""
+    names = disk.names(checkpoints)
+    rows = []
+    for name in retention.newest_first(names):
+        path = checkpoints / name
+        try:
+            manifest = manifests.decode(
+                bytes(_read(disk, path / manifests.NAME)), str(path / manifests.NAME)
+            )
+        except DamagedError as error:
+            rows.append(Listed(path, -1, -1, 0, 0.0, f"damaged: {error}"))
+            continue
+        length = sum(file.length for file in manifest.files.values())
+        rows.append(
+            Listed(path, manifest.step, manifest.attempt, length, manifest.created, "durable")
+        )
+    aside = [name for name in names if retention.DAMAGED in name]
+    rows += [Listed(checkpoints / name, -1, -1, 0, 0.0, "set aside: damaged") for name in aside]
+    return rows
 
 
 def prune(disk: Disk, checkpoints: Path, keep: int) -> list[str]:
