@@ -85,7 +85,7 @@ class LoaderFeed(Feed):
     def fresh(self) -> Iterator[Any]:
         if self.loader.num_workers == 0:
             return iter(self.loader)
-        return self._consume(self._shared.iterate(0, None), 0)
+        return self._consume(self._shared.iterate(0, None))
 
     def resume(self, done: int, position: Any, reset: Callable[[], None]) -> Iterator[Any]:
         workers = self.loader.num_workers
@@ -108,7 +108,12 @@ class LoaderFeed(Feed):
         self._shared.states = states
         # Persistent workers drew their base seed in the first epoch; here it is drawn again, so
         # the sampler must find the generators as if it had not been.
-        return self._consume(self._shared.iterate(done, reset if again else None), done)
+        batches = self._shared.iterate(done, reset if again else None)
+        for _ in range(done % workers):
+            # Now: each empty batch taken has the sampler asked for one more, as far ahead as it was
+            # at the interruption, and what it draws is overwritten at the resume point.
+            next(batches)
+        return self._consume(batches)
 
     def position(self) -> Frozen:
         shared = self._shared
@@ -129,11 +134,9 @@ class LoaderFeed(Feed):
             "dataset": loader.dataset,
         }
 
-    def _consume(self, batches: Iterator[Any], done: int) -> Iterator[Any]:
+    def _consume(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Unwrap what the workers sent; keep their states as of what was consumed."""
-        states, workers = self._shared.states, self.loader.num_workers
-        for _ in range(done % workers):
-            next(batches)  # the empty ones
+        states = self._shared.states
         while True:
             try:
                 batch, worker, changed, hidden = next(batches)

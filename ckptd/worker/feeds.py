@@ -79,10 +79,29 @@ class Feed(ABC):
                     states[f"{root}.{name}"] = {"kind": "plain", "value": value}
         return states
 
+    def generators(self) -> list[Any]:
+        """The random generators that belong to the iterable."""
+        return list(find_generators(self.roots()).values())
+
     def set_hidden(self, states: dict[str, Json]) -> None:
         """Set what `hidden` gave."""
         for path, state in states.items():
             set_generator(self.roots(), path, state)
+
+    def adopt_hidden(self, states: dict[str, Json], restored: dict[int, object]) -> None:
+        """The same, but only for what was not restored before; several loaders may share one.
+
+        Args:
+            states: what `hidden` gave.
+            restored: the objects that were restored, by their `id`; those set here are added.
+        """
+        found = find_generators(self.roots())
+        for path, state in states.items():
+            target = found.get(path)
+            if target is not None and id(target) in restored:
+                continue
+            set_generator(self.roots(), path, state)
+        restored.update((id(target), target) for target in found.values())
 
 
 class SequenceFeed(Feed):

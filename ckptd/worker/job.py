@@ -294,6 +294,9 @@ class LaunchedJob(Job):
         moment.apply(self._all_carriers(), self._naming())
         self._loops.restore_streams(moment.streams)
 
+    def targets(self) -> list[object]:
+        return [carrier.target for carrier in self._all_carriers().values()]
+
     def say(self, text: str) -> None:
         if not self._link.send(wire.Said(text)):
             print(f"ckptd: {text}", file=sys.stderr)  # nobody else is there to say it

@@ -64,6 +64,9 @@ class Host(Protocol):
     def restore_everything(self) -> None:
         """At the resume point: check, then restore all that is tracked."""
 
+    def targets(self) -> list[object]:
+        """The tracked objects."""
+
     def say(self, text: str) -> None:
         """Tell a person."""
 
@@ -155,6 +158,7 @@ class Loops:
         self._streams: dict[str, Stream] = {}
         self._loaders: dict[str, dataloader.LoaderFeed] = {}
         self._made_anew: set[str] = set()
+        self._restored: dict[int, object] = {}
         self._saved_loaders: dict[str, tuple[dict[str, Json], Frozen]] = {}
 
     # -------------------------------------------------------------- what the script calls
@@ -281,6 +285,7 @@ class Loops:
     def _reenter(self, frame: Frame, saved: SavedLoop) -> Iterator[Any] | None:
         """Go back to where a loop was; None: it had nothing left."""
         innermost = len(self.plan) == 1
+        self._saved_loaders.pop(self._place(), None)  # this level's own record is the newer one
         frame.finished = dict(saved.finished)
         if innermost and saved.phase != "item":
             self._restore_here(frame, saved)
@@ -304,6 +309,8 @@ class Loops:
         """The resume point: everything is what it was, and the plan is done."""
         self._host.restore_everything()
         frame.feed.set_hidden(saved.hidden)
+        known = [*self._host.targets(), *frame.feed.generators()]
+        self._restored.update((id(target), target) for target in known)
         self.plan = []
 
     def _leave(self, frame: Frame, parent: Frame) -> None:
@@ -336,7 +343,9 @@ class Loops:
         place = f"{self._place()}.{ordinal}" if len(self._stack) > 1 else str(ordinal)
         feed = self._feed(items)
         self._note_loader(place, feed)
-        self._adopt_at(place, feed)
+        position = self._adopt_at(place, feed)
+        if position is not None:  # for when a loop over it is begun
+            self._saved_loaders[place] = ({}, position)
         moment = parent.finished.get(ordinal)
         if moment is not None:
             self._host.apply(moment)
@@ -417,7 +426,7 @@ class Loops:
 
     def _adopt_at(self, place: str, feed: Feed) -> Frozen | None:
         hidden, position = self._saved_loaders.pop(place, ({}, None))
-        feed.set_hidden(hidden)
+        feed.adopt_hidden(hidden, self._restored)
         return position
 
     def restore_streams(self, positions: dict[str, StreamPosition]) -> None:
