@@ -2,18 +2,18 @@
 
     ckptd launch -- python examples/charlm.py [--epochs 5] [--out runs/charlm]
 
-The text is `pydoc_data.topics`, which comes with every Python. Interrupt it whenever you like (Ctrl-C,
-kill, power) and start it with the same line again: it continues as if it had never stopped.
-`diff examples/plain/charlm.py examples/charlm.py` shows what that takes.
+The text is `pydoc_data.topics`, which comes with every Python. Interrupt it whenever you like
+(Ctrl-C, kill, power) and start it with the same line again: it continues as if it had never
+stopped. `diff examples/plain/charlm.py examples/charlm.py` shows what that takes.
 """
 
 import argparse
 import random
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import torch
-from pydoc_data.topics import topics
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset

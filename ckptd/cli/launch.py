@@ -66,7 +66,7 @@ _DEFAULTS = Policy()
 @click.option(
     "--flush-signal",
     metavar="NAME",
-    help="For commands without ckptd.attach: the signal that has them save and leave, such as USR1.",
+    help="For commands without ckptd.attach: the signal by which they save and leave (USR1).",
 )
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
 def command(

@@ -108,7 +108,7 @@ def tree_is_gone(child: Child | None) -> bool:
 
 
 def started_s(pid: int) -> float | None:
-    """When a process was started; None: there is none. With the pid it names one process for ever."""
+    """When a process was started; None: there is none. Pid and start name one process for ever."""
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:

@@ -1,9 +1,10 @@
-"""The file operations that the store needs, each of which can fail and each of which can be the last.
+"""The file operations that the store needs; each can fail, and each can be the last.
 
 Rules:
 
-1. An operation does one thing. What must survive a power cut is synced by a call of its own, so that
-   the order of writes and syncs is the store's, to be read there and to be enumerated by the tests.
+1. An operation does one thing. What must survive a power cut is synced by a call of its own, so
+   that the order of writes and syncs is the store's, to be read there and to be enumerated by the
+   tests.
 2. Nothing here follows a symbolic link in the last part of a path, and only regular files are read.
 3. Errors are plain `OSError`s; the store says what they mean for the user.
 """
@@ -91,7 +92,7 @@ class RealDisk:
 
     def names(self, path: Path) -> list[str]:
         try:
-            return sorted(os.listdir(path))
+            return sorted(entry.name for entry in path.iterdir())
         except FileNotFoundError:
             return []
 

@@ -1,7 +1,7 @@
-"""Memory that is shared between processes: memfds, which have no name and vanish with their last user.
+"""Memory shared between processes: memfds, which have no name and vanish with their user.
 
-A container's /dev/shm may be small, and Python's resource tracker unlinks named segments when one of
-their users dies; a memfd knows neither.
+A container's /dev/shm may be small, and Python's resource tracker unlinks named segments when one
+of their users dies; a memfd knows neither.
 """
 
 from __future__ import annotations

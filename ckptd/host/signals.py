@@ -1,7 +1,7 @@
 """Signals as facts in a queue.
 
-A handler enqueues the number and returns; what a signal means is decided elsewhere, in order. Python's
-wakeup descriptor does the enqueueing: a byte for each signal, written by the C handler.
+A handler enqueues the number and returns; what a signal means is decided elsewhere, in order.
+Python's wakeup descriptor does the enqueueing: a byte for each signal, written by the C handler.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Signals:
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
+        for end in (self._reader, self._writer):
+            end.settimeout(0)  # never waits
         self._before_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._before = {
             number: signal.signal(number, _enqueued)

@@ -1,12 +1,13 @@
 """Which attempt of a job may publish.
 
-Every attempt claims a number by creating a file of that name: creation is exclusive also on a network
-file system, where locks may not be. Who finds a larger number than its own is an old copy that still
-runs on a machine that was given up; it must not publish any more.
+Every attempt claims a number by creating a file of that name: creation is exclusive also on a
+network file system, where locks may not be. Who finds a larger number than its own is an old copy
+that still runs on a machine that was given up; it must not publish any more.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ def claim(disk: Disk, run: Path, who: str) -> int:
     """Claim the next attempt's number.
 
     Args:
+        disk: where to.
         run: the run's directory.
         who: a line for people (host and process), the file's content.
 
@@ -30,10 +32,8 @@ def claim(disk: Disk, run: Path, who: str) -> int:
     """
     directory = run / "attempts"
     if not disk.names(directory):
-        try:
+        with suppress(FileExistsError):  # there, and empty
             disk.make_directory(directory)
-        except FileExistsError:
-            pass  # there, and empty
         disk.sync_directory(run)
     for _ in range(_CLAIMS_MAX):
         number = _largest(disk, directory) + 1

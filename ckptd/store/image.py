@@ -1,9 +1,9 @@
 """How tensors lie in a safetensors file: its header, and where each tensor's bytes begin.
 
-The format (safetensors, "Format"): eight bytes with the header's length, the header (JSON, padded with
-spaces), then the tensors' bytes without gaps. Here the header is padded so that the first tensor begins
-at a multiple of 64 bytes, and tensors are laid out by falling element size, so that each begins at a
-multiple of its own.
+The format (safetensors, "Format"): eight bytes with the header's length, the header (JSON, padded
+with spaces), then the tensors' bytes without gaps. Here the header is padded so that the first
+tensor begins at a multiple of 64 bytes, and tensors are laid out by falling element size, so that
+each begins at a multiple of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A checkpoint's manifest: the name, length and xxh3-128 of every other file in its directory.
 
-The manifest carries a sum of itself, so that no digit of it can change unseen. What `decode` accepts
-is well-formed; whether the files are what it says is `store.verify`'s to find out.
+The manifest carries a sum of itself, so that no digit of it can change unseen. What `decode`
+accepts is well-formed; whether the files are what it says is `store.verify`'s to find out.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Rules (FORMAT.md has them as invariants of what is on the disk):
 
-1. A directory with a checkpoint's name is whole: it got its name by a rename, after everything in it
-   was synced.
+1. A directory with a checkpoint's name is whole: it got its name by a rename, after everything in
+   it was synced.
 2. Nothing is dropped before something newer is durable.
 3. What was read was verified: every file's length and sum are those of the manifest.
 4. What is damaged is set aside under another name and kept; the next older one is used.
@@ -193,7 +193,7 @@ def verify(disk: Disk, path: Path) -> Manifest:
 
 
 def listing(disk: Disk, checkpoints: Path) -> list[Listed]:
-    """All checkpoints, newest first, then those set aside. By their manifests; sums are not read."""
+    """All checkpoints, newest first, then those set aside. Sums are not read."""
     names = disk.names(checkpoints)
     rows = []
     for name in retention.newest_first(names):
@@ -218,7 +218,8 @@ def prune(disk: Disk, checkpoints: Path, keep: int) -> list[str]:
     """Drop all but the `keep` newest checkpoints, and what crashes left behind.
 
     To be called right after a publish: the newest one is then known to be sound. A checkpoint is
-    renamed before it is deleted, so that a crash in between never leaves half of one under its name.
+    renamed before it is deleted, so that a crash in between never leaves half of one under its
+    name.
 
     Returns:
         The names of the dropped checkpoints.

@@ -1,8 +1,8 @@
 """Everything that happened to a run, append-only: one JSON object a line.
 
 Each has `t` (seconds since 1970, a label), `event`, and the event's own fields. A line that a crash
-tore is passed over when reading. The journal explains; what is true is read from the checkpoints, and
-a journal that can't be written never ends a job.
+tore is passed over when reading. The journal explains; what is true is read from the checkpoints,
+and a journal that can't be written never ends a job.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 Rules:
 
-1. Nothing is decided here. What happens to the job is the machine's; the loop knows processes, sockets
-   and files, and in which order to touch them.
+1. Nothing is decided here. What happens to the job is the machine's; the loop knows processes,
+   sockets and files, and in which order to touch them.
 2. It sleeps until a descriptor is readable or the machine's deadline comes, whichever is first.
-3. The command's output passes through: into the run's log and on to our standard output, as it comes.
+3. The command's output passes through: into the run's log and on to our standard output, as it
+   comes.
 4. Whatever ends the loop, the command's tree is dead and the socket is gone when it returns.
 """
 

@@ -5,10 +5,10 @@ Rules:
 1. Everything that decides lives here and in `policy`. The module is pure: no clock, no process, no
    file. `loop` tells it facts, which are in the past tense, and carries out its actions, which are
    orders.
-2. Every (phase, fact) pair has an answer in `_ANSWERS`; where a fact changes nothing, the answer says
-   why.
-3. There are no timers. `deadline(state)` says until when the loop may sleep; then it tells `Ticked`.
-   A phase that has a deadline ends at it.
+2. Every (phase, fact) pair has an answer in `_ANSWERS`; where a fact changes nothing, the answer
+   says why.
+3. There are no timers. `deadline(state)` says until when the loop may sleep; then it tells
+   `Ticked`. A phase that has a deadline ends at it.
 4. What is true in one phase only is a field of that phase.
 5. At most one snapshot is written at a time. `Ledger` knows what is held in memory, what is being
    written and what is durable; only `_publish_due` starts a write.
@@ -20,17 +20,19 @@ Theory of operation. A job's life is a chain of attempts:
        └─────────────┴─────────────┴────────────┴────────────┴──────────┘  └────────┘
                        (a failure: kill what is left, save what is held, pause, start again)
 
-- *Unattached*: the command runs and no worker of it has called `attach`. Maybe it is still importing,
-  maybe it never will: signals are passed on to it, since there is nothing else that it understands.
+- *Unattached*: the command runs and no worker of it has called `attach`. Maybe it is still
+  importing, maybe it never will: signals are passed on to it, since there is nothing else that it
+  understands.
 - *Attached*: a worker runs. It is asked through its status page and never signalled.
-- *Flushing*: it was asked to flush and leave. Ends with a receipt, with its death, or at the deadline.
+- *Flushing*: it was asked to flush and leave. Ends with a receipt, with its death, or at the
+  deadline.
 - *Leaving*: the receipt was given; the processes have until the same deadline to end by themselves.
 - *Ending*: everything that is left was killed; waits until the tree is gone.
 - *Saving*: no process is left, and the newest whole snapshot is being made durable.
 - *Ended*: nothing more will happen.
 
-Why the processes are ended (`Purpose`) is carried from Ending through Saving to `_conclude`, the one
-place that decides between relaunching and an exit code.
+Why the processes are ended (`Purpose`) is carried from Ending through Saving to `_conclude`, the
+one place that decides between relaunching and an exit code.
 """
 
 from __future__ import annotations
@@ -153,7 +155,7 @@ class StopAsked:
 
 @dataclass(frozen=True, slots=True)
 class Ticked:
-    """The deadline is reached, or the loop just looked at the clock; `step` as the page shows it."""
+    """The deadline is reached, or the loop just looked at the clock; `step`: where the job is."""
 
     step: int
 
@@ -656,28 +658,28 @@ def _died(state: State, fact: Exited, now_s: float) -> Turn:
 # ------------------------------------------------------------------ answers: starting
 
 
-def _start(state: State, phase: Pausing, fact: Ticked, now_s: float) -> Turn:  # noqa: ARG001
+def _start(state: State, phase: Pausing, fact: Ticked, now_s: float) -> Turn:
     if now_s < phase.deadline_s:
         return state, []
     return replace(state, phase=Unattached()), [Spawn()]
 
 
-def _stop_while_pausing(state: State, phase: Pausing, fact: Fact, now_s: float) -> Turn:  # noqa: ARG001
+def _stop_while_pausing(state: State, phase: Pausing, fact: Fact, now_s: float) -> Turn:
     stop = _stop_name(fact)
     if stop is None:
         return state, []
     return _over(state, Exit.INTERRUPTED, "stopped", f"stopped ({stop}). {_standing(state)}")
 
 
-def _spawn_failed(state: State, phase: Unattached, fact: SpawnFailed, now_s: float) -> Turn:  # noqa: ARG001
+def _spawn_failed(state: State, phase: Unattached, fact: SpawnFailed, now_s: float) -> Turn:
     return _over(state, Exit.USAGE, "gave up", fact.why)
 
 
-def _checkpoint_while_idle(state: State, phase: Phase, fact: Fact, now_s: float) -> Turn:  # noqa: ARG001
+def _checkpoint_while_idle(state: State, phase: Phase, fact: Fact, now_s: float) -> Turn:
     return state, [Answer(ok=False, text=f"no worker is attached. {_standing(state)}")]
 
 
-def _attached(state: State, phase: Unattached, fact: WorkerAttached, now_s: float) -> Turn:  # noqa: ARG001
+def _attached(state: State, phase: Unattached, fact: WorkerAttached, now_s: float) -> Turn:
     state = replace(state, ever_attached=True)
     if phase.deadline_s is None:
         return replace(state, phase=Attached(now_s + state.policy.every_s)), []
@@ -706,13 +708,13 @@ def _ask_unattached(state: State, stop: str, number: int, now_s: float) -> Turn:
     return replace(state, phase=phase), [Note("asked to stop", {"by": stop}), PassSignal(number)]
 
 
-def _press_unattached(state: State, phase: Unattached, fact: Signalled, now_s: float) -> Turn:  # noqa: ARG001
+def _press_unattached(state: State, phase: Unattached, fact: Signalled, now_s: float) -> Turn:
     if fact.number != INT:
         return state, []  # a second TERM is not "force": Slurm sends two
     return _end_tree(state, Purpose(Why.STOPPED, "a second Ctrl-C", 128 + INT), now_s)
 
 
-def _tick_unattached(state: State, phase: Unattached, fact: Ticked, now_s: float) -> Turn:  # noqa: ARG001
+def _tick_unattached(state: State, phase: Unattached, fact: Ticked, now_s: float) -> Turn:
     if phase.deadline_s is None or now_s < phase.deadline_s:
         return state, []
     purpose = Purpose(Why.STOPPED, phase.stop, _stop_code(state, -KILL))
@@ -738,7 +740,7 @@ def _stop_code(state: State, code: int) -> int:
 # ------------------------------------------------------------------ answers: a worker runs
 
 
-def _detached(state: State, phase: Attached, fact: WorkerDetached, now_s: float) -> Turn:  # noqa: ARG001
+def _detached(state: State, phase: Attached, fact: WorkerDetached, now_s: float) -> Turn:
     return replace(state, phase=Unattached()), []
 
 
@@ -766,7 +768,7 @@ def _ask_to_leave(
     return state, [*note, Request(serial, leave=True)]
 
 
-def _signal_attached(state: State, phase: Attached, fact: Fact, now_s: float) -> Turn:  # noqa: ARG001
+def _signal_attached(state: State, phase: Attached, fact: Fact, now_s: float) -> Turn:
     stop = _stop_name(fact)
     if stop is None:
         return _ask_to_flush(state)
@@ -780,12 +782,12 @@ def _checkpoint_attached(
     state: State,
     phase: Attached,
     fact: CheckpointAsked,
-    now_s: float,  # noqa: ARG001
+    now_s: float,
 ) -> Turn:
     return _ask_to_flush(replace(state, asked=True))
 
 
-def _snapshot(state: State, phase: Phase, fact: SnapshotCame, now_s: float) -> Turn:  # noqa: ARG001
+def _snapshot(state: State, phase: Phase, fact: SnapshotCame, now_s: float) -> Turn:
     return _hold(state, fact)
 
 
@@ -797,12 +799,12 @@ def _stood(state: State, phase: Attached, fact: Stood, now_s: float) -> Turn:
     return state, actions
 
 
-def _published(state: State, phase: Attached, fact: Published, now_s: float) -> Turn:  # noqa: ARG001
+def _published(state: State, phase: Attached, fact: Published, now_s: float) -> Turn:
     state, actions = _book(state, fact)
     return replace(state, phase=Attached(now_s + state.policy.every_s)), actions
 
 
-def _publish_failed(state: State, phase: Attached, fact: PublishFailed, now_s: float) -> Turn:  # noqa: ARG001
+def _publish_failed(state: State, phase: Attached, fact: PublishFailed, now_s: float) -> Turn:
     if fact.fenced:
         return _fenced(state, fact, now_s)
     state, actions = _book_failure(state, fact)
@@ -816,28 +818,28 @@ def _fenced(state: State, fact: PublishFailed, now_s: float) -> Turn:
     return state, [Forget(fact.generation), *actions]
 
 
-def _exited_attached(state: State, phase: Attached, fact: Exited, now_s: float) -> Turn:  # noqa: ARG001
+def _exited_attached(state: State, phase: Attached, fact: Exited, now_s: float) -> Turn:
     return _died(state, fact, now_s)
 
 
-def _refused(state: State, phase: Phase, fact: WorkerRefused, now_s: float) -> Turn:  # noqa: ARG001
+def _refused(state: State, phase: Phase, fact: WorkerRefused, now_s: float) -> Turn:
     return replace(state, refused=fact.text), []
 
 
-def _said_bye(state: State, phase: Phase, fact: WorkerSaidBye, now_s: float) -> Turn:  # noqa: ARG001
+def _said_bye(state: State, phase: Phase, fact: WorkerSaidBye, now_s: float) -> Turn:
     return replace(state, unfinished=not fact.finished), []
 
 
 # ------------------------------------------------------------------ answers: it is to leave
 
 
-def _snapshot_flushing(state: State, phase: Flushing, fact: SnapshotCame, now_s: float) -> Turn:  # noqa: ARG001
+def _snapshot_flushing(state: State, phase: Flushing, fact: SnapshotCame, now_s: float) -> Turn:
     if fact.asked >= phase.serial:
         state = replace(state, phase=replace(phase, answer=fact.generation))
     return _hold(state, fact)
 
 
-def _stood_flushing(state: State, phase: Flushing, fact: Stood, now_s: float) -> Turn:  # noqa: ARG001
+def _stood_flushing(state: State, phase: Flushing, fact: Stood, now_s: float) -> Turn:
     if fact.asked >= phase.serial:
         if state.ledger.durable_generation >= fact.generation:
             state, actions = _stand(state, fact)
@@ -851,7 +853,7 @@ def _leaving(state: State, phase: Flushing) -> State:
     return replace(state, phase=Leaving(phase.deadline_s, purpose), asked=False)
 
 
-def _published_flushing(state: State, phase: Flushing, fact: Published, now_s: float) -> Turn:  # noqa: ARG001
+def _published_flushing(state: State, phase: Flushing, fact: Published, now_s: float) -> Turn:
     state, actions = _book(state, fact)
     return (_leaving(state, phase) if fact.generation == phase.answer else state), actions
 
@@ -885,7 +887,7 @@ def _signal_flushing(state: State, phase: Flushing, fact: Signalled, now_s: floa
     ]
 
 
-def _tick_flushing(state: State, phase: Flushing, fact: Ticked, now_s: float) -> Turn:  # noqa: ARG001
+def _tick_flushing(state: State, phase: Flushing, fact: Ticked, now_s: float) -> Turn:
     if now_s < phase.deadline_s:
         return state, []
     state, actions = _end_tree(state, Purpose(Why.STOPPED, phase.stop), now_s)
@@ -911,18 +913,18 @@ def _exited_leaving(state: State, phase: Leaving, fact: Exited, now_s: float) ->
     return state, [Note("exited", {"code": fact.code, "step": fact.step}), *actions]
 
 
-def _tick_leaving(state: State, phase: Leaving, fact: Ticked, now_s: float) -> Turn:  # noqa: ARG001
+def _tick_leaving(state: State, phase: Leaving, fact: Ticked, now_s: float) -> Turn:
     return _end_tree(state, phase.purpose, now_s) if now_s >= phase.deadline_s else (state, [])
 
 
 # ------------------------------------------------------------------ answers: it is ending
 
 
-def _tree_gone(state: State, phase: Ending, fact: TreeGone, now_s: float) -> Turn:  # noqa: ARG001
+def _tree_gone(state: State, phase: Ending, fact: TreeGone, now_s: float) -> Turn:
     return _after_tree(state, phase.purpose, now_s)
 
 
-def _tick_ending(state: State, phase: Ending, fact: Ticked, now_s: float) -> Turn:  # noqa: ARG001
+def _tick_ending(state: State, phase: Ending, fact: Ticked, now_s: float) -> Turn:
     if now_s < phase.deadline_s:
         return state, []
     # A process that SIGKILL can't end sits in the kernel. Never two workers: no relaunch then.
@@ -934,7 +936,7 @@ def _tick_ending(state: State, phase: Ending, fact: Ticked, now_s: float) -> Tur
     return state, [Say(said), *actions]
 
 
-def _published_ending(state: State, phase: Ending, fact: Published, now_s: float) -> Turn:  # noqa: ARG001
+def _published_ending(state: State, phase: Ending, fact: Published, now_s: float) -> Turn:
     return _book(state, fact)
 
 
@@ -942,7 +944,7 @@ def _publish_failed_ending(
     state: State,
     phase: Ending | Leaving,
     fact: PublishFailed,
-    now_s: float,  # noqa: ARG001
+    now_s: float,
 ) -> Turn:
     if fact.fenced:
         purpose = Purpose(Why.FENCED, fact.why)
@@ -969,7 +971,7 @@ def _publish_failed_saving(state: State, phase: Saving, fact: PublishFailed, now
     return state, actions + more
 
 
-def _tick_saving(state: State, phase: Saving, fact: Ticked, now_s: float) -> Turn:  # noqa: ARG001
+def _tick_saving(state: State, phase: Saving, fact: Ticked, now_s: float) -> Turn:
     if now_s < phase.deadline_s:
         return state, []
     why = f"the write did not end within {state.policy.grace_s:g} s"
@@ -984,7 +986,7 @@ def _stop_while_ending(
     state: State,
     phase: Ending | Saving,
     fact: Fact,
-    now_s: float,  # noqa: ARG001
+    now_s: float,
 ) -> Turn:
     """A stop while a failed attempt is cleared away: clear it away, then stop and not relaunch."""
     stop = _stop_name(fact)
@@ -1009,7 +1011,7 @@ def _stop_name(fact: Fact) -> str | None:
 
 
 def _ignored(why: str) -> Answerer:
-    def answer(state: State, phase: Phase, fact: Fact, now_s: float) -> Turn:  # noqa: ARG001
+    def answer(state: State, phase: Phase, fact: Fact, now_s: float) -> Turn:
         return state, []
 
     answer.__doc__ = why

@@ -47,9 +47,9 @@ class JobFile(msgspec.Struct, frozen=True):
 
     Attributes:
         hash_seed: PYTHONHASHSEED of every attempt.
-        environment: variables that decide about bits, as they were at the first launch; None: unset.
-        cpus: usable processors at the first launch.
-        facts: what the first attempt's worker said of itself (`Hello.environment`); None: none yet.
+        environment: variables that decide about bits, as they were at the first launch; None:
+        unset. cpus: usable processors at the first launch. facts: what the first attempt's worker
+        said of itself (`Hello.environment`); None: none yet.
     """
 
     name: str
@@ -210,7 +210,7 @@ def check_unchanged(before: JobFile, now: JobFile) -> None:
         raise JobChangedError(
             f"the run {before.name!r} exists, with another command or working directory:\n  "
             + "\n  ".join(changed)
-            + "\nGo on with the new one: --accept-changes. Start over: --fresh. Another run: --name."
+            + "\nGo on with the new one: --accept-changes. Start over: --fresh. A new run: --name."
         )
 
 

@@ -1,7 +1,7 @@
 """The socket that the worker and the command line talk to.
 
-It lies in a directory of its own, readable by its owner alone, under a short path (the name of a Unix
-socket may have 107 bytes, and a run's directory can be deep).
+It lies in a directory of its own, readable by its owner alone, under a short path (the name of a
+Unix socket may have 107 bytes, and a run's directory can be deep).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The thread that publishes snapshots, so that the supervisor stays awake while a disk is slow.
 
-At most one snapshot is written at a time (the machine sees to it). Results come back through a queue
-and a descriptor that becomes readable.
+At most one snapshot is written at a time (the machine sees to it). Results come back through a
+queue and a descriptor that becomes readable.
 """
 
 from __future__ import annotations

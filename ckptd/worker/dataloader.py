@@ -93,11 +93,11 @@ class LoaderFeed(Feed):
         if done == 0 and not again:
             return self.fresh()
         if workers == 0:
-            batches = _Batches(self.loader, done, 0, None)
-            iterator = iter(_remade(self.loader, batches, None))
+            sampler = _Batches(self.loader, done, 0, None)
+            iterator = iter(_remade(self.loader, sampler, None))
             # Here and now, and not at the first `next`: a sampler draws its seed when it is first
             # asked, and by then the generators will have been set to the resume point's state.
-            batches.skip()
+            sampler.skip()
             return iterator
         if position["workers"] != workers:
             raise LoopChangedError(

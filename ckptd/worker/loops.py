@@ -446,11 +446,20 @@ class Loops:
                 self._record_frame(frame, writer, innermost=frame is open_frames[-1])
                 for frame in open_frames
             ],
-            "loaders": {
-                place: {"hidden": feed.hidden(), "feed": writer.add("loops", feed.position())}
-                for place, feed in self._loaders.items()
-                if place not in self._made_anew
-            },
+            "loaders": self._record_loaders(writer),
+        }
+
+    def _record_loaders(self, writer: Writer) -> dict[str, Json]:
+        """Every loader's generators and workers; of those not used again yet, what was saved."""
+        positions = {place: saved[1] for place, saved in self._saved_loaders.items()}
+        hidden = {place: saved[0] for place, saved in self._saved_loaders.items()}
+        for place, feed in self._loaders.items():
+            if place not in self._made_anew:
+                hidden[place] = feed.hidden()
+                positions.setdefault(place, feed.position())
+        return {
+            place: {"hidden": hidden[place], "feed": writer.add("loops", position)}
+            for place, position in positions.items()
         }
 
     def _record_frame(self, frame: Frame, writer: Writer, *, innermost: bool) -> dict[str, Json]:

@@ -203,8 +203,8 @@ class _Freezer:
         where = f"`{self.name}`" if not path else f"`{self.name}{path}`"
         return CannotCarryError(
             f"{where} is {what}, which a checkpoint can't hold. It can hold None, numbers, "
-            "strings, bytes, tuples, lists, dicts, sets, deques, Counters, arrays, tensors and random "
-            "generators; give the object `state_dict` and `load_state_dict`, or track its parts."
+            "strings, bytes, tuples, lists, dicts, sets, deques, Counters, arrays, tensors and "
+            "random generators; give the object `state_dict` and `load_state_dict`, or track its parts."
         )
 
 
@@ -367,7 +367,7 @@ class Thawer:
             copy_bits(made, source)
         if tree.get("parameter"):
             return torch.nn.Parameter(made, requires_grad=bool(tree.get("requires_grad")))
-        return made.requires_grad_(True) if tree.get("requires_grad") else made
+        return made.requires_grad_() if tree.get("requires_grad") else made
 
     def _thaw_array(self, tree: dict[str, Json], into: Any) -> np.ndarray[Any, Any]:
         described = tree["dtype"]

@@ -2,17 +2,17 @@
 
     python examples/plain/charlm.py [--epochs 5] [--out runs/charlm-plain]
 
-The text is `pydoc_data.topics`, which comes with every Python. This is the plain script, without any
-checkpointing; examples/charlm.py is the same one made resumable.
+The text is `pydoc_data.topics`, which comes with every Python. This is the plain script, without
+any checkpointing; examples/charlm.py is the same one made resumable.
 """
 
 import argparse
 import random
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import torch
-from pydoc_data.topics import topics
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset

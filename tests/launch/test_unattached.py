@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -87,7 +86,8 @@ def test_a_missing_command_is_bad_usage(workshop: Workshop, argv: list[str]) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [("--every", "0"), ("--keep", "0"), ("--max-restarts", "-1"), ("--flush-signal", "X")]
+    "options",
+    [("--every", "0"), ("--keep", "0"), ("--max-restarts", "-1"), ("--flush-signal", "X")],
 )
 def test_bad_options_are_bad_usage(workshop: Workshop, options: tuple[str, ...]) -> None:
     """An impossible setting exits with 64 and starts nothing."""
@@ -182,7 +182,7 @@ def test_fresh_keeps_the_old_run(workshop: Workshop) -> None:
 
 
 def test_an_orphan_that_does_not_end_is_killed(workshop: Workshop) -> None:
-    """The supervisor is killed, its command lives on: the next launch waits, kills it, takes over."""
+    """A killed supervisor's command lives on: the next launch waits, kills it, takes over."""
     code = "import os; open('pid', 'w').write(str(os.getpid()));" + FOREVER
     launched = Launched(workshop, python(code))
     launched.send(signal.SIGKILL)
@@ -247,4 +247,4 @@ def test_the_log_directory_may_be_anywhere(workshop: Workshop, tmp_path: Path) -
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert len(os.listdir(deep)) == 1
+    assert len(list(deep.iterdir())) == 1

@@ -138,7 +138,7 @@ def numbered(run):
 
 
 def samplers(run):
-    """Samplers and loaders with generators of their own, persistent workers, datasets with an rng."""
+    """Samplers and loaders with generators of their own, persistent workers, a dataset's rng."""
     generator = torch.Generator().manual_seed(3)
     numbers = Numbers(9, rng=np.random.default_rng(5))
     loader = DataLoader(
@@ -186,9 +186,18 @@ def objects(run):
         things["state"].advance()
         state = things["state"]
         run.trace(
-            i, things["tensor"].tolist(), things["array"].tolist(), dict(things["counter"]),
-            list(things["queue"]), things["history"], things["table"]["shared"], shared,
-            state.count, state.rng.random(), state.linear.weight.tolist(), state.lr(),
+            i,
+            things["tensor"].tolist(),
+            things["array"].tolist(),
+            dict(things["counter"]),
+            list(things["queue"]),
+            things["history"],
+            things["table"]["shared"],
+            shared,
+            state.count,
+            state.rng.random(),
+            state.linear.weight.tolist(),
+            state.lr(),
         )
         run.tick()
 
@@ -253,6 +262,7 @@ class Numbers(Dataset):
         own = 0.0 if self.rng is None else self.rng.random()
         noise = random.random() + np.random.rand() + torch.rand(1).item() + own
         return torch.tensor([i + noise / 10], dtype=torch.float64)
+
 
 class OwnBatches:
     """A batch sampler with a generator and an epoch counter of its own."""

@@ -82,7 +82,7 @@ def wait_durable(launched: Launched, workshop: Workshop) -> int:
 
 
 def test_every(workshop: Workshop) -> None:
-    """With --every a checkpoint becomes durable without being asked for, and old ones are dropped."""
+    """With --every, one becomes durable without being asked for, and old ones are dropped."""
     launched = Launched(workshop, *fake(), options=("--every", "0.02", "--keep", "2"))
     launched.wait_for("attached")
     first = wait_durable(launched, workshop)
