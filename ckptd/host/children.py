@@ -92,7 +92,7 @@ class Child:
 
 def kill_tree() -> None:
     """Kill every descendant of this process."""
-    for process in _descendants():
+    for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
@@ -104,7 +104,8 @@ def tree_is_gone(child: Child | None) -> bool:
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    return not _descendants()
+    # A zombie counts: its parent is about to die too, then it is ours to reap.
+    return not psutil.Process().children(recursive=True)
 
 
 def started_s(pid: int) -> float | None:
@@ -126,12 +127,3 @@ def kill_orphans(pid: int, started: float) -> None:
             for one in [process, *process.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
-
-
-def _descendants() -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found

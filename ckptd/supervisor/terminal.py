@@ -75,7 +75,7 @@ class Terminal:
         self.say(
             f"all of its output: {run.log}\n"
             f"what happened when: {run.journal}\n"
-            f"mend it, then start it with the same line again; look at it with `ckptd status {name}`"
+            f"mend it and start it with the same line again; see also `ckptd status {name}`"
         )
 
     def _clear(self) -> None:

@@ -204,7 +204,8 @@ class _Freezer:
         return CannotCarryError(
             f"{where} is {what}, which a checkpoint can't hold. It can hold None, numbers, "
             "strings, bytes, tuples, lists, dicts, sets, deques, Counters, arrays, tensors and "
-            "random generators; give the object `state_dict` and `load_state_dict`, or track its parts."
+            "random generators; give the object `state_dict` and `load_state_dict`, or track its "
+            "parts."
         )
 
 
