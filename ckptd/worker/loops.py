@@ -233,6 +233,7 @@ class Loops:
         words, take = host.words, iterator.__next__
         counts = not self._inside_restart()
         handed_again = bool(self.plan)
+        looking = self.plan  # empty but in the item that is handed out again
         if handed_again:
             self.plan.pop(0)
         frame.phase = "item"
@@ -252,6 +253,10 @@ class Loops:
             except StopIteration:
                 return
             yield item
+            if looking:
+                if self.plan:
+                    raise self._missed(frame)
+                looking = []
             if stack[-1] is not frame:
                 self._cut(frame)
             frame.done += 1
@@ -259,8 +264,6 @@ class Loops:
             if frame.children:
                 frame.nests = frame.surely_nests = True
                 words[wire.WORD_DEPTH] = len(stack) - 1
-                if self.plan:
-                    raise self._missed(frame)
             else:
                 if not frame.surely_nests:
                     frame.nests, frame.handed = False, None

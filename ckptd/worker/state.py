@@ -124,7 +124,11 @@ class Carrier(ABC):
         """Overwrite the object with what was saved, in place."""
 
     def restore_plain(self, saved: Saved, naming: Naming) -> None:
-        """Overwrite the loose values alone."""
+        """Overwrite the loose values alone.
+
+        Raises:
+            MismatchError: they do not fit; nothing was changed.
+        """
         self.restore(saved, naming)
 
     def refuse(self, found: str, expected: str) -> MismatchError:
@@ -351,12 +355,15 @@ class OptimizerCarrier(Carrier):
 
     def check(self, saved: Saved, naming: Naming) -> None:
         self.check_kind(saved)
-        value = saved.thaw(saved.trees[""], name=self.name)
-        if value["type"] != type(self.target).__qualname__:
-            raise self.refuse(f"a {type(self.target).__qualname__}", f"a {value['type']}")
+        held = dict(_pairs(saved.trees[""]))
+        if held["type"] != type(self.target).__qualname__:
+            raise self.refuse(f"a {type(self.target).__qualname__}", f"a {held['type']}")
+        self._check_names(saved, naming)
+
+    def _check_names(self, saved: Saved, naming: Naming) -> None:
+        groups = saved.thaw(dict(_pairs(saved.trees[""]))["groups"], name=self.name)
         known = self._parameters(naming)
-        wanted = [name for group in value["groups"] for name in group["params"]]
-        strangers = [name for name in wanted if name not in known]
+        strangers = [name for group in groups for name in group["params"] if name not in known]
         if strangers:
             raise MismatchError(
                 f"`{self.name}` does not fit the checkpoint."
@@ -380,6 +387,7 @@ class OptimizerCarrier(Carrier):
             state[key] = thawer.thaw(entry, old.get(key))
 
     def restore_plain(self, saved: Saved, naming: Naming) -> None:
+        self._check_names(saved, naming)
         held = dict(_pairs(saved.trees[""]))
         self._restore_groups(held["groups"], self._parameters(naming), saved.thawer(name=self.name))
 
@@ -471,7 +479,8 @@ class StatefulCarrier(Carrier):
         if kind != type(self.target).__qualname__:
             raise self.refuse(f"a {type(self.target).__qualname__}", f"a {kind}")
 
-    def restore(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+    def restore(self, saved: Saved, naming: Naming) -> None:
+        self.check(saved, naming)
         self.target.load_state_dict(saved.thaw(saved.trees[""], name=self.name)["state"])
 
 
@@ -500,7 +509,8 @@ class ValueCarrier(Carrier):
         if isinstance(there, deque) and there.maxlen != self.target.maxlen:
             raise self.refuse(f"maxlen={self.target.maxlen}", f"maxlen={there.maxlen}")
 
-    def restore(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
+    def restore(self, saved: Saved, naming: Naming) -> None:
+        self.check(saved, naming)
         restored = saved.thaw(saved.trees[""], self.target, name=self.name)
         if restored is not self.target:
             raise self.refuse("something that can't be overwritten in place", "its elements")

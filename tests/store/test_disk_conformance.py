@@ -1,0 +1,212 @@
+"""One suite on the real disk and on the simulated one: the fake is as strict as what it stands for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from simulated import Fault, PowerCut, SimulatedDisk
+
+from ckptd.host.disk import Disk, RealDisk
+
+
+@pytest.fixture(params=[RealDisk, SimulatedDisk])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Disk:
+    return RealDisk() if request.param is RealDisk else SimulatedDisk(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"a", bytes(range(256)) * 99, bytearray(b"ab"), memoryview(b"abc")]
+)
+def test_what_was_written_is_read(disk: Disk, tmp_path: Path, content: bytes) -> None:
+    """A file has the content and the length that it was written with."""
+    disk.write(tmp_path / "f", content)
+    disk.sync(tmp_path / "f")
+    assert bytes(disk.read(tmp_path / "f")) == bytes(content)
+    assert disk.size(tmp_path / "f") == len(content)
+
+
+def test_creation_is_exclusive(disk: Disk, tmp_path: Path) -> None:
+    """Neither a file nor a directory is made where something is already."""
+    disk.write(tmp_path / "f", b"old")
+    disk.make_directory(tmp_path / "d")
+    for make in (
+        lambda: disk.write(tmp_path / "f", b"new"),
+        lambda: disk.write(tmp_path / "d", b"new"),
+        lambda: disk.make_directory(tmp_path / "f"),
+        lambda: disk.make_directory(tmp_path / "d"),
+    ):
+        with pytest.raises(FileExistsError):
+            make()
+    assert bytes(disk.read(tmp_path / "f")) == b"old"
+
+
+def test_a_missing_parent_is_an_error(disk: Disk, tmp_path: Path) -> None:
+    """Nothing is made in a directory that is not there."""
+    with pytest.raises(FileNotFoundError):
+        disk.write(tmp_path / "none" / "f", b"")
+    with pytest.raises(FileNotFoundError):
+        disk.make_directory(tmp_path / "none" / "d")
+
+
+def test_what_is_missing_is_an_error(disk: Disk, tmp_path: Path) -> None:
+    """All but `names` raise for a path that is not there; the error carries the path."""
+    path = tmp_path / "none"
+    for operation in (
+        *(disk.sync, disk.sync_directory, disk.remove, disk.remove_tree, disk.size, disk.read),
+        lambda path: disk.rename(path, tmp_path / "other"),
+    ):
+        with pytest.raises(FileNotFoundError) as caught:
+            operation(path)
+        assert str(caught.value.filename) == str(path)
+    assert disk.names(path) == []
+
+
+def test_names_are_sorted(disk: Disk, tmp_path: Path) -> None:
+    """`names` lists files and directories, sorted, hidden ones too."""
+    for name in ("b", ".a", "c"):
+        disk.write(tmp_path / name, b"")
+    disk.make_directory(tmp_path / "a")
+    disk.sync_directory(tmp_path)
+    assert disk.names(tmp_path) == [".a", "a", "b", "c"]
+
+
+def test_the_names_in_a_file_are_an_error(disk: Disk, tmp_path: Path) -> None:
+    """A file has no names in it, and is no parent."""
+    disk.write(tmp_path / "f", b"")
+    with pytest.raises(NotADirectoryError):
+        disk.names(tmp_path / "f")
+    with pytest.raises(NotADirectoryError):
+        disk.write(tmp_path / "f" / "g", b"")
+
+
+def test_a_directory_moves_with_what_is_in_it(disk: Disk, tmp_path: Path) -> None:
+    """After a rename the old name is gone and the new one has everything."""
+    disk.make_directory(tmp_path / "a")
+    disk.write(tmp_path / "a" / "f", b"x")
+    disk.rename(tmp_path / "a", tmp_path / "b")
+    assert disk.names(tmp_path) == ["b"]
+    assert bytes(disk.read(tmp_path / "b" / "f")) == b"x"
+
+
+def test_a_rename_replaces_no_full_directory(disk: Disk, tmp_path: Path) -> None:
+    """A directory replaces an empty one, never one with something in it, never a file."""
+    for name in ("new", "full", "empty"):
+        disk.make_directory(tmp_path / name)
+    disk.write(tmp_path / "full" / "f", b"x")
+    disk.write(tmp_path / "file", b"x")
+    for target in ("full", "file"):
+        with pytest.raises(OSError, match="."):
+            disk.rename(tmp_path / "new", tmp_path / target)
+    disk.rename(tmp_path / "new", tmp_path / "empty")
+    assert disk.names(tmp_path) == ["empty", "file", "full"]
+
+
+def test_a_file_replaces_a_file_and_no_directory(disk: Disk, tmp_path: Path) -> None:
+    """Renaming a file onto another replaces it; onto a directory it is refused."""
+    disk.write(tmp_path / "a", b"a")
+    disk.write(tmp_path / "b", b"b")
+    disk.make_directory(tmp_path / "d")
+    with pytest.raises(IsADirectoryError):
+        disk.rename(tmp_path / "a", tmp_path / "d")
+    disk.rename(tmp_path / "a", tmp_path / "b")
+    assert bytes(disk.read(tmp_path / "b")) == b"a"
+
+
+def test_removal(disk: Disk, tmp_path: Path) -> None:
+    """`remove` takes a file and no directory; `remove_tree` a directory and no file."""
+    disk.make_directory(tmp_path / "d")
+    disk.make_directory(tmp_path / "d" / "e")
+    disk.write(tmp_path / "d" / "e" / "f", b"")
+    disk.write(tmp_path / "f", b"")
+    with pytest.raises(OSError, match="d"):
+        disk.remove(tmp_path / "d")
+    with pytest.raises(NotADirectoryError):
+        disk.remove_tree(tmp_path / "f")
+    disk.remove_tree(tmp_path / "d")
+    disk.remove(tmp_path / "f")
+    assert disk.names(tmp_path) == []
+
+
+def test_only_regular_files_are_read(disk: Disk, tmp_path: Path) -> None:
+    """A directory is no file: not for `size`, not for `read`."""
+    disk.make_directory(tmp_path / "d")
+    for operation in (disk.size, disk.read):
+        with pytest.raises(OSError, match="not a regular file"):
+            operation(tmp_path / "d")
+
+
+def test_the_real_disk_follows_no_link_and_opens_no_pipe(tmp_path: Path) -> None:
+    """A symbolic link is neither read nor written through; a pipe does not block."""
+    disk = RealDisk()
+    (tmp_path / "f").write_bytes(b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "f")
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        for operation in (disk.size, disk.read):
+            with pytest.raises(OSError, match="."):
+                operation(tmp_path / name)
+    with pytest.raises(FileExistsError):
+        disk.write(tmp_path / "dangling", b"x")
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_is_synced_survives(tmp_path: Path) -> None:
+    """A synced file in synced directories is on every surviving disk, and only there."""
+    disk = SimulatedDisk(tmp_path)
+    disk.make_directory(tmp_path / "d")
+    disk.write(tmp_path / "d" / "f", b"1234")
+    found = {survivor.fingerprint() for survivor in disk.survivors(0)}
+    assert found == {
+        (),
+        (("d", ()),),
+        *((("d", (("f", content),)),) for content in (b"1234", b"12", b"")),
+    }
+    disk.sync(tmp_path / "d" / "f")
+    disk.sync_directory(tmp_path / "d")
+    assert {s.fingerprint() for s in disk.survivors(0)} == {(), (("d", (("f", b"1234"),)),)}
+    disk.sync_directory(tmp_path)
+    assert {s.fingerprint() for s in disk.survivors(0)} == {(("d", (("f", b"1234"),)),)}
+
+
+def test_an_unsynced_rename_and_removal_may_be_undone(tmp_path: Path) -> None:
+    """Each change of an entry may be lost by itself until its directory is synced."""
+    disk = SimulatedDisk(tmp_path)
+    disk.write(tmp_path / "a", b"")
+    disk.write(tmp_path / "b", b"")
+    disk.sync_directory(tmp_path)
+    disk.rename(tmp_path / "a", tmp_path / "c")
+    disk.remove(tmp_path / "b")
+    found = {tuple(survivor.names(tmp_path)) for survivor in disk.survivors(0)}
+    assert found == {("a", "b"), ("b", "c"), ("a",), ("c",)}
+
+
+def test_too_many_survivors_are_chosen_from_by_seed(tmp_path: Path) -> None:
+    """Above the limit the choice is bounded, repeatable, and holds both extremes."""
+    disk = SimulatedDisk(tmp_path)
+    for i in range(40):
+        disk.write(tmp_path / f"{i:02}", b"xx")
+    first, again, other = ([s.fingerprint() for s in disk.survivors(seed)] for seed in (1, 1, 2))
+    assert first == again != other
+    assert len(first) == 300
+    assert disk.fingerprint() in first
+    assert () in first
+
+
+@pytest.mark.parametrize("how", ["once", "ever", "cut", "cut within"])
+def test_faults_strike_where_they_should(tmp_path: Path, how: str) -> None:
+    """The n-th operation ends as asked; half a write is left unless the cut comes before it."""
+    disk = SimulatedDisk(tmp_path, Fault(2, how))
+    disk.write(tmp_path / "a", b"12")
+    with pytest.raises(PowerCut if "cut" in how else OSError):
+        disk.write(tmp_path / "b", b"12")
+    left = disk.copy()
+    assert left.names(tmp_path) == (["a"] if how == "cut" else ["a", "b"])
+    assert how == "cut" or left.read(tmp_path / "b") == b"1"
+    if how == "once":
+        assert disk.size(tmp_path / "a") == 2
+    else:
+        with pytest.raises(PowerCut if "cut" in how else OSError):
+            disk.size(tmp_path / "a")
