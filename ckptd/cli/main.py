@@ -9,7 +9,7 @@ from typing import Final, NoReturn
 import click
 
 from ckptd import __version__
-from ckptd.errors import CkptdError, UsageError
+from ckptd.errors import CkptdError, NotDurableError, UsageError
 
 #: In the order in which a user meets them; each is a file beside this one.
 _COMMANDS: Final = {
@@ -60,4 +60,7 @@ def main() -> NoReturn:
     except CkptdError as error:
         print(f"ckptd: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"ckptd: {error}", file=sys.stderr)
+        sys.exit(NotDurableError.exit_code)  # the run's directory can't be read or written
     sys.exit(code or 0)

@@ -23,6 +23,10 @@ import psutil
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
+# Fields of /proc/PID/stat, counted from the one after the name.
+_STAT_STATE: Final = 0
+_STAT_START: Final = 19
+
 
 def become_subreaper() -> None:
     """Adopt descendants whose parents die.
@@ -92,9 +96,7 @@ class Child:
 
 def kill_tree() -> None:
     """Kill every descendant of this process."""
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    _kill(psutil.Process().children(recursive=True))
 
 
 def tree_is_gone(child: Child | None) -> bool:
@@ -109,21 +111,43 @@ def tree_is_gone(child: Child | None) -> bool:
 
 
 def started_s(pid: int) -> float | None:
-    """When a process was started; None: there is none. Pid and start name one process for ever."""
+    """When a process was started, in seconds since the boot; None: there is none, or it ended.
+
+    Pid, start and boot name one process for ever. Read from the kernel, since psutil's create_time
+    counts from 1970 and moves when the clock is set.
+    """
     try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        return process.create_time()
-    except psutil.NoSuchProcess:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
         return None
+    fields = stat.rpartition(")")[2].split()  # the name, in brackets, may hold anything
+    if fields[_STAT_STATE] in ("Z", "X"):
+        return None
+    return int(fields[_STAT_START]) / os.sysconf("SC_CLK_TCK")
 
 
 def kill_orphans(pid: int, started: float) -> None:
-    """Kill a process that a dead supervisor left behind, and its descendants."""
+    """Kill what a dead supervisor left behind: a command, its descendants, and its session.
+
+    The session finds a worker whose parent, a shell, is dead too. Its number is the command's pid,
+    which the kernel gives to nobody else while one process of the session lives.
+    """
     with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        if process.create_time() == started:
-            for one in [process, *process.children(recursive=True)]:
-                with suppress(psutil.NoSuchProcess):
-                    one.kill()
+        command = psutil.Process(pid)
+        if started_s(pid) not in (started, None):
+            return  # another process has the number by now: nothing of the command is left
+        _kill([*command.children(recursive=True), command])
+    _kill([process for process in psutil.process_iter() if _session(process.pid) == pid])
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None

@@ -28,12 +28,7 @@ def shared(descriptor: int, length: int) -> memoryview:
 def pieces(descriptor: int, places: Mapping[str, slice]) -> Iterator[dict[str, memoryview]]:
     """Named pieces of a memfd's bytes, read-only, while the context lasts."""
     length = os.fstat(descriptor).st_size
-    with mmap.mmap(descriptor, length, prot=mmap.PROT_READ) as memory:
-        whole = memoryview(memory)
-        views = {name: whole[place] for name, place in places.items()}
-        try:
-            yield views
-        finally:
-            for view in views.values():
-                view.release()
-            whole.release()
+    # The mapping is not closed here: after an error the frames of whoever raised it still look into
+    # it, and closing would replace that error by a BufferError. It goes with the last view.
+    whole = memoryview(mmap.mmap(descriptor, length, prot=mmap.PROT_READ))
+    yield {name: whole[place] for name, place in places.items()}

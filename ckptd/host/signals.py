@@ -30,12 +30,14 @@ class Signals:
         self._reader, self._writer = socket.socketpair()
         for end in (self._reader, self._writer):
             end.settimeout(0)  # never waits
-        self._before_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._before = {
-            number: signal.signal(number, _enqueued)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._watched = [
+            number
             for number in _WATCHED
             if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN)
-        }
+        ]
+        for number in self._watched:
+            signal.signal(number, _enqueued)
 
     def fileno(self) -> int:
         """Readable when a signal came."""
@@ -44,15 +46,19 @@ class Signals:
     def take(self) -> list[int]:
         """The numbers of the signals that came, in order."""
         try:
-            return [number for number in self._reader.recv(4096) if number in self._before]
+            return [number for number in self._reader.recv(4096) if number in self._watched]
         except BlockingIOError:
             return []
 
     def close(self) -> None:
-        """Put everything back."""
-        signal.set_wakeup_fd(self._before_fd)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        """Hear no more signals; those that still come are ignored.
+
+        Slurm sends SIGTERM twice: the second one, between here and our last instruction, must not
+        turn an exit code into a death by signal.
+        """
+        for number in self._watched:
+            signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
         self._reader.close()
         self._writer.close()
 

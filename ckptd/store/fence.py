@@ -45,7 +45,8 @@ def claim(disk: Disk, run: Path, who: str) -> int:
         disk.sync(path)
         disk.sync_directory(directory)
         for old in disk.names(directory)[:-_KEPT]:
-            disk.remove(directory / old)
+            with suppress(FileNotFoundError):  # whoever claimed at the same time was faster
+                disk.remove(directory / old)
         return number
     raise FencedError(f"{directory}: could not claim a number in {_CLAIMS_MAX} tries")
 

@@ -14,6 +14,8 @@ from typing import Final
 import msgspec
 
 _ALIGNMENT: Final = 64
+#: A tensor of this name would take the place of the header's strings.
+_METADATA: Final = "__metadata__"
 #: The width of the header's length, the first thing in a file.
 LENGTH_BYTES: Final = 8
 
@@ -57,12 +59,13 @@ def layout(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = N
         metadata: strings for the header's `__metadata__`.
 
     Raises:
-        ValueError: two tensors of one name, or a length that is not that of the shape.
+        ValueError: two tensors of one name, a tensor called `__metadata__`, or a length that is
+            not that of the shape.
     """
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise ValueError("two tensors of one name in one file")
     order = sorted(range(len(tensors)), key=lambda i: -ELEMENT_BYTES[tensors[i].dtype])
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     begins = [0] * len(tensors)
     end = 0
     for i in order:
@@ -85,6 +88,8 @@ def layout(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = N
 
 
 def _check(tensor: TensorSpec) -> None:
+    if tensor.name == _METADATA:
+        raise ValueError(f"a tensor can't be called {_METADATA}: the format keeps that name")
     elements = 1
     for n in tensor.shape:
         elements *= n

@@ -21,6 +21,8 @@ _FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _SUM: Final = re.compile(r"[0-9a-f]{32}")
 _FILES_MAX: Final = 100_000
 _LENGTH_MAX: Final = 2**60
+#: As many digits as a checkpoint's name has room for.
+_NUMBER_MAX: Final = 10**18 - 1
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -109,7 +111,8 @@ def is_file_name(name: str) -> bool:
 
 
 def _check(manifest: Manifest, where: str) -> None:
-    if manifest.step < 0 or manifest.attempt < 0 or len(manifest.files) > _FILES_MAX:
+    numbers = (manifest.step, manifest.attempt)
+    if min(numbers) < 0 or max(numbers) > _NUMBER_MAX or len(manifest.files) > _FILES_MAX:
         raise DamagedError(f"{where}: step, attempt or the number of files is out of range")
     for name, file in manifest.files.items():
         if not is_file_name(name):

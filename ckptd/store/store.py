@@ -166,7 +166,10 @@ def verify(disk: Disk, path: Path) -> Manifest:
         DamagedError: names the file, what was found and what was expected.
         OSError: the disk can't be read (which is not the checkpoint's damage).
     """
-    names = disk.names(path)
+    try:
+        names = disk.names(path)
+    except NotADirectoryError as error:
+        raise DamagedError(f"{path}: not a directory: it is no checkpoint") from error
     if manifests.NAME not in names:
         raise DamagedError(f"{path}: has no {manifests.NAME}: it is no whole checkpoint")
     manifest = manifests.decode(
@@ -270,7 +273,7 @@ def _read(disk: Disk, path: Path) -> Content:
     """A file's content; that it is no regular file is damage, that it can't be read is not."""
     try:
         disk.size(path)
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise DamagedError(f"{path}: {error.strerror}") from error
     except OSError as error:
         if error.strerror == "not a regular file":

@@ -23,7 +23,7 @@ from typing import Any, Final
 import msgspec
 
 from ckptd import wire
-from ckptd.errors import ProtocolError
+from ckptd.errors import CkptdError, ProtocolError
 from ckptd.host import children, memory
 from ckptd.host.children import Child
 from ckptd.host.clock import Clock
@@ -122,7 +122,9 @@ class Loop:
 
     def _turn(self) -> None:
         for key, _ in self._selector.select(self._sleep_s()):
-            key.data()
+            # One that was readable may be gone by now: the command's end takes its worker along.
+            if key in self._selector.get_map().values():
+                key.data()
         if self._code is not None:
             return
         now_s = self._clock.now_s()
@@ -189,6 +191,12 @@ class Loop:
                 self._end(code)
 
     def _spawn(self) -> None:
+        try:
+            self._start()
+        except (OSError, CkptdError) as error:
+            self._tell(machine.SpawnFailed(f"a failure to start it ({error})"))
+
+    def _start(self) -> None:
         """Start the command as a new attempt, from the newest sound checkpoint."""
         newest = self._newest()
         self._number = fence.claim(
@@ -207,11 +215,9 @@ class Loop:
                 output=write_end,
                 inherited=[self._lock],
             )
-        except OSError as error:
+        except OSError:
             os.close(output)
-            why = f"could not start {self._job.argv[0]!r}: {error.strerror}"
-            self._tell(machine.SpawnFailed(why))
-            return
+            raise
         finally:
             os.close(write_end)
         page_fd = memory.make("ckptd-status", wire.PAGE_BYTES)
@@ -383,7 +389,7 @@ class Loop:
         attempt.worker, attempt.had_worker = peer, True
         self._watch(peer, self._worker_spoke)
         self._journal.write("attached", attempt=attempt.number, pid=hello.pid)
-        self._tell(machine.WorkerAttached())
+        self._tell(machine.WorkerAttached(own=hello.pid == attempt.child.pid))
 
     def _worker_spoke(self) -> None:
         attempt = self._attempt

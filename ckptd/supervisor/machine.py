@@ -67,7 +67,13 @@ class SpawnFailed:
 
 @dataclass(frozen=True, slots=True)
 class WorkerAttached:
-    """A process of the command called `attach` and was welcomed."""
+    """A process of the command called `attach` and was welcomed.
+
+    Attributes:
+        own: it is the command's own process, so that the command's exit status is its exit status.
+    """
+
+    own: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,7 +426,8 @@ class State:
         serial: of the last request.
         asked: whether somebody waits for an answer to `ckptd checkpoint`.
         refused: what a worker said when it refused to go on in this attempt.
-        unfinished: a worker said in this attempt that it ends without having finished.
+        unfinished: of this attempt's worker it is known that it has not finished; or it has not
+            said so, and the command's exit status is not its own (a shell may hide its death).
     """
 
     policy: Policy
@@ -650,7 +657,7 @@ def _died(state: State, fact: Exited, now_s: float) -> Turn:
     state = replace(state, failures=failures, failed_step=at)
     text = policies.described(fact.code)
     if fact.code == 0:
-        text = "exit status 0 before the resume point was reached"
+        text = "exit status 0, although its worker had not finished,"
     state, actions = _end_tree(state, Purpose(Why.FAILED, text), now_s)
     return state, [note, *actions]
 
@@ -672,7 +679,10 @@ def _stop_while_pausing(state: State, phase: Pausing, fact: Fact, now_s: float) 
 
 
 def _spawn_failed(state: State, phase: Unattached, fact: SpawnFailed, now_s: float) -> Turn:
-    return _over(state, Exit.USAGE, "gave up", fact.why)
+    at = state.failed_step or 0
+    failures = policies.failures_in_a_row(state.failures, at, state.failed_step)
+    state = replace(state, failures=failures, failed_step=at)
+    return _end_tree(state, Purpose(Why.FAILED, fact.why), now_s)
 
 
 def _checkpoint_while_idle(state: State, phase: Phase, fact: Fact, now_s: float) -> Turn:
@@ -680,7 +690,7 @@ def _checkpoint_while_idle(state: State, phase: Phase, fact: Fact, now_s: float)
 
 
 def _attached(state: State, phase: Unattached, fact: WorkerAttached, now_s: float) -> Turn:
-    state = replace(state, ever_attached=True)
+    state = replace(state, ever_attached=True, unfinished=not fact.own)
     if phase.deadline_s is None:
         return replace(state, phase=Attached(now_s + state.policy.every_s)), []
     return _ask_to_leave(state, phase.stop, phase.deadline_s)
@@ -976,8 +986,9 @@ def _tick_saving(state: State, phase: Saving, fact: Ticked, now_s: float) -> Tur
         return state, []
     why = f"the write did not end within {state.policy.grace_s:g} s"
     state = _with(state, failed=why)
-    if phase.purpose.why is Why.STOPPED:
+    if phase.purpose.why is not Why.FAILED:
         return _conclude(state, phase.purpose, now_s)
+    # Never a relaunch beside a write that may still end: it would be of an older attempt.
     text = f"{phase.purpose.text}; then {why}. {_standing(state)}"
     return _over(state, Exit.NOT_DURABLE, "gave up", text)
 

@@ -283,7 +283,8 @@ def lock(run: Run, *, grace_s: float, say: Callable[[str], None]) -> int:
 
 def _wait_for_orphan(run: Run, descriptor: int, grace_s: float, say: Callable[[str], None]) -> None:
     holder = run.supervisor()
-    if holder is None or holder.alive() is not False or holder.child is None:
+    orphaned = holder is not None and holder.alive() is False and holder.boot == boot_id()
+    if holder is None or holder.child is None or not orphaned:
         where = "another process" if holder is None else f"process {holder.pid} on {holder.host}"
         raise LockedError(
             f"the run {run.path.name!r} is held by {where}: it is running already. "

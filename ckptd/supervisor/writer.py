@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptd import wire
-from ckptd.errors import FencedError, NotDurableError
+from ckptd.errors import CkptdError, FencedError
 from ckptd.host import memory
 from ckptd.host.disk import Disk
 from ckptd.store import fence, store
@@ -94,8 +94,9 @@ class Writer:
             publish(self._disk, self._run, snapshot, job.descriptor, attempt, self._wall_s())
         except FencedError as error:
             return Done(snapshot.generation, snapshot.step, str(error), fenced=True)
-        except (NotDurableError, OSError) as error:
-            return Done(snapshot.generation, snapshot.step, str(error))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the machine waits for an end
+            why = str(error) if isinstance(error, CkptdError | OSError) else repr(error)
+            return Done(snapshot.generation, snapshot.step, why)
         return Done(snapshot.generation, snapshot.step)
 
     def _prune(self) -> None:

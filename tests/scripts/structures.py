@@ -3,7 +3,7 @@
     python structures.py STRUCTURE OUT
 
 Run plainly or under `ckptd launch`; with STRIKE=n the n-th `tick` of this process has the job
-interrupted. What happens is written to OUT line by line, so that two runs can be compared.
+interrupted, with STRIKE_GROUP by a signal to its whole process group. What happens is written to OUT line by line, so that two runs can be compared.
 """
 
 import os
@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
@@ -21,6 +22,13 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomS
 import ckptd
 
 STRIKE = int(os.environ.get("STRIKE", "0"))
+
+
+def supervisor():
+    """The supervisor's process: our parent, or the one before where a launcher stands between."""
+    if not os.environ.get("STRIKE_SUPERVISOR"):
+        return os.getppid()
+    return psutil.Process().parent().ppid()
 
 
 class Run:
@@ -41,7 +49,10 @@ class Run:
         self.ticks += 1
         if self.ticks == STRIKE:
             before = self.job.words[0]
-            os.kill(os.getppid(), signal.SIGTERM)
+            if os.environ.get("STRIKE_GROUP"):
+                os.killpg(0, signal.SIGTERM)  # this process and its loader's workers
+            else:
+                os.kill(supervisor(), signal.SIGTERM)
             bound = time.monotonic() + 60
             while self.job.words[0] == before and time.monotonic() < bound:
                 time.sleep(0.001)

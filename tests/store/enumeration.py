@@ -54,7 +54,7 @@ class Checks:
 
     def survivors(self, disk: SimulatedDisk, ledger: Ledger, fault: Fault) -> None:
         """Whatever a power cut leaves now, nothing promised is lost and nothing wrong is loaded."""
-        where = f"{fault}, which is also the seed's number"
+        where = f"{fault}, seed {fault.at}"
         for survivor in disk.survivors(fault.at):
             self._once(survivor, ledger, where)
         self._once(disk.copy(), ledger, f"{fault}, without a power cut")

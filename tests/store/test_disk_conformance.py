@@ -1,4 +1,4 @@
-"""One suite on the real disk and on the simulated one: the fake is as strict as what it stands for."""
+"""One suite on the real disk and on the simulated one: the fake is as strict as the real one."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_rename_replaces_no_full_directory(disk: Disk, tmp_path: Path) -> None
     disk.write(tmp_path / "full" / "f", b"x")
     disk.write(tmp_path / "file", b"x")
     for target in ("full", "file"):
-        with pytest.raises(OSError, match="."):
+        with pytest.raises(OSError, match=r"."):
             disk.rename(tmp_path / "new", tmp_path / target)
     disk.rename(tmp_path / "new", tmp_path / "empty")
     assert disk.names(tmp_path) == ["empty", "file", "full"]
@@ -146,7 +146,7 @@ def test_the_real_disk_follows_no_link_and_opens_no_pipe(tmp_path: Path) -> None
     os.mkfifo(tmp_path / "pipe")
     for name in ("link", "pipe"):
         for operation in (disk.size, disk.read):
-            with pytest.raises(OSError, match="."):
+            with pytest.raises(OSError, match=r"."):
                 operation(tmp_path / name)
     with pytest.raises(FileExistsError):
         disk.write(tmp_path / "dangling", b"x")

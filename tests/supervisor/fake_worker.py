@@ -2,8 +2,7 @@
 
 Prints "step N" after each step. Its state is the step. Between two steps is a safe point.
 
-    fake_worker.py [--total N] [--lives N] [--life N] [--held] [--deaf] [--stay] [--refuse TEXT]
-                   [--standing] [--mute] [--loud N] [--say TEXT]
+    fake_worker.py --help
 """
 
 import argparse
@@ -74,6 +73,7 @@ class Worker:
             receipt = wire.decode_for_worker(packet)
             if receipt.generation == self.generation:
                 break
+        print("receipt", type(receipt).__name__, flush=True)
         while self.options.stay:
             time.sleep(60)
         self.send(wire.Bye(finished=False))
@@ -93,6 +93,8 @@ class Worker:
                 self.snapshot(0)
             while self.options.deaf and self.step == self.options.deaf:
                 time.sleep(60)
+            while self.options.gate and self.step == 3 and not self.options.gate.exists():
+                time.sleep(STEP_S)
             self.safe_point()
         if not self.options.mute:
             self.send(wire.Bye(finished=True))
@@ -106,6 +108,7 @@ def main():
     parser.add_argument("--held", action="store_true", help="send each state unasked")
     parser.add_argument("--standing", action="store_true", help="answer: the last one stands")
     parser.add_argument("--deaf", type=int, help="no safe point any more after this step")
+    parser.add_argument("--gate", type=Path, help="after step 3, wait for this file")
     parser.add_argument("--stay", action="store_true", help="do not end after the receipt")
     parser.add_argument("--mute", action="store_true", help="finish without saying so")
     parser.add_argument("--refuse", help="say that starting again would not help")

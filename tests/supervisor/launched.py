@@ -7,12 +7,25 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 from conftest import BOUND_S, Workshop
 
 FAKE = str(Path(__file__).parent / "fake_worker.py")
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers(workshop: Workshop) -> Iterator[None]:
+    """A test that fails leaves no process behind either: all of a job's work in its directory."""
+    yield
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if Path(process.cwd()) == workshop.path:
+                process.kill()
 
 
 def fake(*options: str) -> tuple[str, ...]:
@@ -38,6 +51,7 @@ class Launched:
         self.output: list[str] = []
         self.messages: list[str] = []
         self._changed = threading.Condition()
+        self._ended = 0
         self.process = subprocess.Popen(
             [*workshop.command(*options), *argv],
             cwd=workshop.path,
@@ -64,19 +78,24 @@ class Launched:
                 lines.append(line.rstrip("\n"))
                 self._changed.notify_all()
         with self._changed:
+            self._ended += 1
             self._changed.notify_all()
 
     def wait_for(self, text: str) -> str:
         """The first line of output or of the messages with this text in it."""
+        return self._wait(
+            lambda: next((line for line in self.output + self.messages if text in line), ""), text
+        )
 
-        def found() -> str | None:
-            return next((line for line in self.output + self.messages if text in line), None)
+    def wait_for_step(self) -> int:
+        """The newest step, as soon as the worker has printed one."""
+        return int(self._wait(lambda: str(max(self.steps(), default="")), "a step"))
 
+    def _wait(self, found: Callable[[], str], what: str) -> str:
         with self._changed:
-            ended = lambda: not any(r.is_alive() for r in self._readers)  # noqa: E731
-            assert self._changed.wait_for(lambda: found() or ended(), BOUND_S), self.told()
+            self._changed.wait_for(lambda: found() or self._ended == len(self._readers), BOUND_S)
             line = found()
-        assert line is not None, f"{text!r} never came: {self.told()}"
+        assert line, f"{what!r} never came: {self.told()}"
         return line
 
     def signal(self, number: int) -> Launched:

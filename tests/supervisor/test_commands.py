@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 from conftest import BOUND_S, Workshop
-from launched import Launched, is_alive, python
+from launched import (
+    Launched,
+    is_alive,
+    no_leftovers,  # noqa: F401  # a fixture for every test here
+    python,
+)
 
 WAITS = "import time\nprint('ready', flush=True)\nwhile True: time.sleep(60)"
 
@@ -175,6 +180,20 @@ def test_second_supervisor(workshop: Workshop) -> None:
     assert fresh.returncode == 69
     assert first.process.poll() is None
     first.signal(signal.SIGTERM).ends()
+
+
+def test_killed_supervisor(workshop: Workshop) -> None:
+    """After SIGKILL to the supervisor its command still holds the job; the next launch gives it
+    the grace, ends it, and starts it again. There are never two."""
+    launched = Launched(workshop, *python(WAITS))
+    launched.wait_for("ready")
+    (orphan,) = launched.descendants()
+    launched.kill()
+    again = Launched(workshop, *python(WAITS), options=("--grace", "0.2"))
+    again.wait_for("was killed")
+    again.wait_for("ready")
+    assert not is_alive(orphan.pid)
+    assert again.signal(signal.SIGTERM).ends() == 128 + signal.SIGTERM
 
 
 # ------------------------------------------------------------------ signals

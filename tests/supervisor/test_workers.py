@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 
 import pytest
 from conftest import Workshop
@@ -18,6 +19,7 @@ from launched import (
     fake,
     is_alive,
     logged,
+    no_leftovers,  # noqa: F401  # a fixture for every test here
     wait_gone,
 )
 
@@ -126,8 +128,8 @@ def test_three_interrupts(workshop: Workshop) -> None:
     launched.wait_for("step 4")
     processes = launched.descendants()
     launched.signal(signal.SIGINT).wait_for("SIGINT")
-    launched.signal(signal.SIGINT).wait_for("third Ctrl-C")
-    assert launched.process.poll() is None
+    launched.signal(signal.SIGINT).wait_for("still saving")
+    assert all(is_alive(p.pid) for p in processes)
     assert launched.signal(signal.SIGINT).ends() == 130
     assert not any(is_alive(p.pid) for p in processes)
 
@@ -140,6 +142,22 @@ def test_killed_worker(workshop: Workshop) -> None:
     done = workshop.launch(*fake("--total", str(TOTAL), "--held", "--lives", "1", "--life", "7"))
     assert done.returncode == 0, done.stderr
     assert "signal 9 (SIGKILL) at step 7" in done.stderr
+    assert logged(workshop) == TO_THE_END
+
+
+def test_last_words(workshop: Workshop) -> None:
+    """What a worker sent before it was killed counts, also when its death is seen first."""
+    gate = workshop.path / "gate"
+    argv = fake(*f"--total {TOTAL} --held --lives 1 --life 20 --gate {gate}".split())
+    launched = Launched(workshop, *argv)
+    launched.wait_for("step 3")
+    (worker,) = launched.descendants()
+    launched.signal(signal.SIGSTOP)
+    gate.touch()
+    while is_alive(worker.pid):
+        time.sleep(0.01)
+    launched.signal(signal.SIGCONT)
+    assert launched.ends() == 0, launched.told()
     assert logged(workshop) == TO_THE_END
 
 
@@ -241,8 +259,8 @@ def test_orphan_ends_by_itself(workshop: Workshop) -> None:
         orphan.kill()
     wait_gone(orphans)
     again.wait_for("step 3")
-    again.signal(signal.SIGINT).signal(signal.SIGINT)
-    again.wait_for("third")
+    again.signal(signal.SIGINT).wait_for("saving")
+    again.signal(signal.SIGINT).wait_for("still saving")
     assert again.signal(signal.SIGINT).ends() == 130
 
 
@@ -276,6 +294,7 @@ def test_disk_refuses(workshop: Workshop) -> None:
     launched.wait_for(f"step {launched.steps()[-1] + 3}")
     assert launched.signal(signal.SIGTERM).ends() == 74
     assert f"checkpoint of step {durable} stands" in launched.told()
+    assert "receipt NotDurable" in launched.output
     place.unlink()
     place.with_name("away").rename(place)
     again = Launched(workshop, *argv)
@@ -304,7 +323,7 @@ def test_damaged_checkpoint(workshop: Workshop) -> None:
     steps = []
     for _ in range(2):
         launched = Launched(workshop, *argv)
-        launched.wait_for("step ")
+        launched.wait_for_step()
         assert launched.signal(signal.SIGTERM).ends() == 75
         steps.append(launched.steps()[-1])
     state = workshop.path / f"runs/job/checkpoints/{steps[1]:09d}/state.json"
@@ -329,7 +348,7 @@ def connected(workshop: Workshop) -> socket.socket:
 def test_ask(workshop: Workshop) -> None:
     """status, checkpoint and stop are answered; the latter two when it is done."""
     launched = Launched(workshop, *fake())
-    seen = int(launched.wait_for("step ").split()[1])
+    seen = launched.wait_for_step()
     status = server.ask(address(workshop), "status")
     assert status.facts["state"] == "attached"
     assert status.facts["step"] >= seen

@@ -31,3 +31,28 @@ def test_structure(workshop: Workshop, structure: str, strikes: tuple[int, ...])
     assert codes[-1] == 0
     assert 75 in codes, "nothing was interrupted"
     assert out.read_text() == (workshop.path / "plain").read_text()
+
+
+def test_a_signal_to_the_group(workshop: Workshop) -> None:
+    """SIGTERM to the process group, loader workers included, loses nothing: they survive it, and the
+    script's own process passes it on to the supervisor."""
+    script, out = str(SCRIPTS / "structures.py"), workshop.path / "out"
+    workshop.plain(sys.executable, script, "samplers", str(workshop.path / "plain"))
+    argv = sys.executable, script, "samplers", str(out)
+    struck = workshop.launch(*argv, STRIKE="3", STRIKE_GROUP="1")
+    assert struck.returncode == 75, struck.stdout + struck.stderr
+    assert "Traceback" not in struck.stdout
+    assert workshop.launch(*argv).returncode == 0
+    assert out.read_text() == (workshop.path / "plain").read_text()
+
+
+def test_behind_torchrun(workshop: Workshop) -> None:
+    """The request reaches a worker behind torchrun, and the launcher's own exit code is not trusted."""
+    script, out = str(SCRIPTS / "structures.py"), workshop.path / "out"
+    workshop.plain(sys.executable, script, "numbered", str(workshop.path / "plain"))
+    launcher = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"
+    argv = *launcher, script, "numbered", str(out)
+    struck = workshop.launch(*argv, STRIKE="3", STRIKE_SUPERVISOR="1")
+    assert struck.returncode == 75, struck.stdout + struck.stderr
+    assert workshop.launch(*argv).returncode == 0
+    assert out.read_text() == (workshop.path / "plain").read_text()
