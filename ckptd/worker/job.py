@@ -233,6 +233,7 @@ class LaunchedJob(Job):
         carrier.full(self._naming())  # what can't be carried is said now and not at the first stop
         self._carriers[name] = carrier
         if self._reader is None:
+            self._claim(carrier)
             return
         saved = self._reader.document["components"]
         if name not in saved:
@@ -459,6 +460,17 @@ class LaunchedJob(Job):
         self._reader.close()
         self._reader = None
         self._link.send(wire.Restored(self._loops.step, time.monotonic() - self._began_s))
+
+    def _claim(self, carrier: Carrier) -> None:
+        """After the resume point: what the checkpoint kept for an object that is tracked late."""
+        naming = self._naming()
+        for name, one in _with_parts(carrier).items():
+            kept = self._unclaimed.get(name)
+            if kept is not None:
+                saved = Saved.of(kept["kind"], kept["frozen"])
+                one.check(saved, naming)
+                one.restore(saved, naming)
+                del self._unclaimed[name]
 
     def _keep_unclaimed(self, carriers: dict[str, Carrier]) -> None:
         """Objects that the script will track later than here: kept, and carried on."""

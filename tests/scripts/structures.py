@@ -3,12 +3,14 @@
     python structures.py STRUCTURE OUT
 
 Run plainly or under `ckptd launch`; with STRIKE=n the n-th `tick` of this process has the job
-interrupted, with STRIKE_GROUP by a signal to its whole process group. What happens is written to OUT line by line, so that two runs can be compared.
+interrupted, with STRIKE_GROUP by a signal to its whole process group, with STRIKE_SUPERVISOR from
+behind a launcher. What happens is written to OUT line by line, so that two runs can be compared.
 """
 
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter, deque
@@ -50,7 +52,9 @@ class Run:
         if self.ticks == STRIKE:
             before = self.job.words[0]
             if os.environ.get("STRIKE_GROUP"):
-                os.killpg(0, signal.SIGTERM)  # this process and its loader's workers
+                # This process and its loader's workers; from outside, as a scheduler does it.
+                kill = ["kill", "-TERM", "--", f"-{os.getpgid(0)}"]
+                subprocess.run(kill, check=True, start_new_session=True)
             else:
                 os.kill(supervisor(), signal.SIGTERM)
             bound = time.monotonic() + 60
@@ -82,11 +86,11 @@ def siblings(run):
             run.job.vars.total += i
             run.trace(stage, "first", i, run.job.vars.total)
             run.tick()
-        run.job.vars.between = random.random()
-        run.trace("between", run.job.vars.between)
+        between = random.random()  # a plain variable: made again, as it was made the first time
+        run.trace("between", between)
         for i in run.job.loop(range(3)):
             run.job.vars.total += 10 * i
-            run.trace(stage, "second", i, run.job.vars.total, run.job.vars.between)
+            run.trace(stage, "second", i, run.job.vars.total, between)
             run.tick()
     run.trace("after")
     for i in run.job.loop(range(2)):
@@ -111,13 +115,22 @@ def breaks(run):
 
 
 def evaluation(run):
-    """Evaluations now and then, begun again when interrupted; best of them is kept."""
+    """Evaluations now and then, begun again when interrupted; the best of them is kept."""
+    evaluate_now_and_then(run, first=0)
+
+
+def late_evaluation(run):
+    """The same, but the loop's first item has no evaluation in it: that it nests is found late."""
+    evaluate_now_and_then(run, first=2)
+
+
+def evaluate_now_and_then(run, first):
     best = torch.full((1,), float("inf"))
     run.job.track(best=best)
     for step in run.job.loop(range(9)):
         run.trace("step", step)
         run.tick()
-        if step % 3 == 2:  # the first item has no inner loop: it is discovered late
+        if step % 3 == first:
             total = torch.zeros(())
             for x in run.job.loop(range(3), on_resume="restart"):
                 total += x + torch.rand(())
@@ -220,14 +233,12 @@ def unfreezing(run):
         parameter.requires_grad_(False)
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.1)
     run.job.track(body=body, head=head, optimizer=optimizer)
-    for epoch in run.job.loop(range(4)):
+    scheduler = None
+    for epoch in run.job.loop(range(5)):
         if epoch == 1:
             for parameter in body.parameters():
                 parameter.requires_grad_(True)
             optimizer.add_param_group({"params": body.parameters(), "lr": 0.01})
-        if epoch == 2:
-            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-            run.job.track(scheduler=scheduler)
         for i in run.job.loop(range(3)):
             loss = head(body(torch.rand(2, 3))).pow(2).mean() / 2
             loss.backward()
@@ -236,8 +247,12 @@ def unfreezing(run):
                 optimizer.zero_grad()
             run.trace(epoch, i, loss.item(), [g["lr"] for g in optimizer.param_groups])
             run.tick()
-        if epoch >= 2:
-            run.trace(body.weight.tolist())
+        if epoch >= 1 and scheduler is None:  # made when it is first needed, after the inner loop
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            run.job.track(scheduler=scheduler)
+        if scheduler is not None:
+            scheduler.step()
+            run.trace(body.weight.tolist(), scheduler.last_epoch)
 
 
 class State:
