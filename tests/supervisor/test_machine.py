@@ -1,0 +1,347 @@
+"""The state machine: every pair is answered, and each answer is the one that was promised."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from ckptd.supervisor import machine as m
+from ckptd.supervisor.policy import Exit, Policy, failures_in_a_row
+
+POLICY = Policy(every_s=300.0, grace_s=30.0, restarts_max=2, backoff_s=1.0)
+NOW = 1000.0
+
+STOPPED = m.Purpose(m.Why.STOPPED, "SIGTERM")
+FAILED = m.Purpose(m.Why.FAILED, "signal 9 (SIGKILL)")
+PHASES = (
+    m.Pausing(NOW + 1),
+    m.Unattached(),
+    m.Unattached(NOW + 30, "SIGTERM"),
+    m.Attached(NOW + 300),
+    m.Attached(math.inf),
+    m.Flushing(NOW + 30, "SIGTERM", 1, 0),
+    m.Flushing(NOW + 30, "SIGINT", 1, 2, answer=1),
+    m.Leaving(NOW + 30, STOPPED),
+    m.Ending(NOW + 10, FAILED),
+    m.Saving(NOW + 30, FAILED),
+    m.Ended(0),
+)
+FACTS = (
+    m.Spawned(),
+    m.SpawnFailed("no such file"),
+    m.WorkerAttached(),
+    m.WorkerDetached(),
+    m.SnapshotCame(2, 20, 1),
+    m.Stood(1, 1),
+    m.WorkerRefused("it does not fit"),
+    m.WorkerSaidBye(False),
+    m.Published(1, 10),
+    m.PublishFailed(1, "disk full", False),
+    m.PublishFailed(1, "a newer attempt", True),
+    m.Exited(1, 10),
+    m.Exited(0, 10),
+    m.TreeGone(),
+    *(m.Signalled(number) for number in (m.HUP, m.INT, m.USR1, m.USR2, m.TERM)),
+    m.CheckpointAsked(),
+    m.StopAsked(),
+    m.Ticked(10),
+)
+
+
+def at(phase: m.Phase, **ledger: object) -> m.State:
+    return m.State(POLICY, phase, m.Ledger(**ledger), ever_attached=True, serial=1)
+
+
+def after(state: m.State, *facts: m.Fact, now_s: float = NOW) -> tuple[m.State, list[m.Action]]:
+    """The state after the facts, and all actions."""
+    actions: list[m.Action] = []
+    for fact in facts:
+        state, more = m.step(state, fact, now_s)
+        actions += more
+    return state, actions
+
+
+def ended(actions: list[m.Action]) -> list[int]:
+    return [action.code for action in actions if isinstance(action, m.End)]
+
+
+def test_every_pair_is_answered() -> None:
+    """Nothing that can happen in any phase is forgotten."""
+    assert {(p, f) for p in m.PHASES for f in m.FACTS} == set(m._ANSWERS)
+    assert {type(phase) for phase in PHASES} == set(m.PHASES)
+    assert {type(fact) for fact in FACTS} == set(m.FACTS)
+
+
+@pytest.mark.parametrize("phase", PHASES, ids=str)
+@pytest.mark.parametrize("fact", FACTS, ids=str)
+def test_every_pair_gives_a_state(phase: m.Phase, fact: m.Fact) -> None:
+    """Each answer is a state and orders; an ending one orders exactly one End."""
+    held = m.Held(1, 10, due=True)
+    for ledger in ({}, {"held": replace(held, due=False)}, {"writing": held, "durable_step": 5}):
+        state, actions = m.step(at(phase, **ledger), fact, NOW)
+        assert isinstance(state.phase, m.PHASES)
+        assert all(isinstance(action, m.Action) for action in actions)
+        if isinstance(state.phase, m.Ended) and not isinstance(phase, m.Ended):
+            assert len(ended(actions)) == 1
+            assert ended(actions)[0] in {*Exit, 128 + m.INT, 128 + m.KILL}
+        else:
+            assert not ended(actions)
+        assert sum(isinstance(action, m.Publish) for action in actions) <= 1
+
+
+@pytest.mark.parametrize("phase", PHASES, ids=str)
+def test_a_due_tick_changes_something(phase: m.Phase) -> None:
+    """No deadline can be reached twice: the loop never spins."""
+    state = at(phase)
+    due_s = m.deadline(state)
+    if due_s is not None:
+        again, _ = m.step(state, m.Ticked(10), due_s)
+        next_s = m.deadline(again)
+        assert again != state
+        assert next_s is None or next_s > due_s
+        assert m.step(state, m.Ticked(10), due_s - 0.001)[0] == state
+
+
+def test_ignored_facts_say_why() -> None:
+    """Where a fact changes nothing, the answer has a reason."""
+    for pair, answer in m._ANSWERS.items():
+        if answer.__qualname__.startswith("_ignored"):
+            assert answer.__doc__, pair
+
+
+# ------------------------------------------------------------------ polite stops
+
+
+@pytest.mark.parametrize(
+    "fact", [m.Signalled(n) for n in (1, 2, 10, 15)] + [m.StopAsked()], ids=str
+)
+def test_a_stop_flushes_and_leaves(fact: m.Fact) -> None:
+    """Request, snapshot, publish, receipt, exit, tree gone: 75, in this order."""
+    state, actions = after(at(m.Attached(NOW + 300)), fact)
+    assert m.Request(2, leave=True) in actions
+    state, actions = after(state, m.SnapshotCame(1, 50, 2))
+    assert actions == [m.Publish(1)]
+    state, actions = after(state, m.Published(1, 50))
+    assert m.Receipt(1, None) in actions
+    assert isinstance(state.phase, m.Leaving)
+    state, actions = after(state, m.Exited(75, 50))
+    assert m.KillTree() in actions
+    assert not ended(actions)
+    state, actions = after(state, m.TreeGone())
+    assert ended(actions) == [Exit.INTERRUPTED]
+
+
+def test_usr2_flushes_and_goes_on() -> None:
+    """A checkpoint, a receipt, and the job runs on; the next one is due `every_s` later."""
+    state, actions = after(at(m.Attached(NOW + 300)), m.Signalled(m.USR2))
+    assert actions == [m.Request(2, leave=False)]
+    assert m.deadline(state) is None
+    state, _ = after(state, m.SnapshotCame(1, 50, 2), m.Published(1, 50))
+    assert state.phase == m.Attached(NOW + 300)
+    assert state.ledger.durable_step == 50
+
+
+def test_a_second_term_is_not_force() -> None:
+    """Slurm sends TERM twice: the second changes nothing, nor does any further one."""
+    flushing, _ = after(at(m.Attached(NOW + 300)), m.Signalled(m.TERM))
+    for number in (m.TERM, m.HUP, m.USR1):
+        assert after(flushing, *[m.Signalled(number)] * 3) == (flushing, [])
+
+
+def test_three_interrupts() -> None:
+    """Ctrl-C saves; the second one says what would be lost; the third kills: 130."""
+    state, _ = after(at(m.Attached(NOW + 300), durable_step=40), m.Signalled(m.INT))
+    state, actions = after(state, m.Signalled(m.INT))
+    (said,) = actions
+    assert "third Ctrl-C" in said.text
+    assert "step 40" in said.text
+    state, actions = after(state, m.Signalled(m.INT))
+    assert m.KillTree() in actions
+    assert ended(after(state, m.TreeGone())[1]) == [130]
+
+
+def test_the_grace_ends_before_a_safe_point() -> None:
+    """At the deadline the worker is killed and what is in memory is saved: 75."""
+    state, _ = after(at(m.Attached(NOW + 300)), m.SnapshotCame(1, 40, 0), m.Signalled(m.TERM))
+    state, actions = after(state, m.Ticked(50), now_s=NOW + 30)
+    assert m.KillTree() in actions
+    state, actions = after(state, m.TreeGone())
+    assert actions == [m.Publish(1)]
+    assert ended(after(state, m.Published(1, 40))[1]) == [Exit.INTERRUPTED]
+
+
+def test_what_cannot_be_made_durable_at_a_stop() -> None:
+    """One more try without the worker, then 74; the message names the checkpoint that stands."""
+    failed = m.PublishFailed(1, "disk full", False)
+    state, _ = after(at(m.Attached(NOW + 300), durable_step=30), m.Signalled(m.TERM))
+    state, actions = after(state, m.SnapshotCame(1, 50, 2), failed)
+    assert m.Receipt(1, "disk full") in actions
+    state, actions = after(state, m.Exited(74, 50), m.TreeGone())
+    assert m.Publish(1) in actions
+    state, actions = after(state, failed)
+    assert ended(actions) == [Exit.NOT_DURABLE]
+    (text,) = [a.text for a in actions if isinstance(a, m.Say)]
+    assert "disk full" in text
+    assert "step 30 stands" in text
+
+
+def test_a_finish_while_a_stop_is_pending_is_a_finish() -> None:
+    """A script that comes to its end before a safe point has finished: 0."""
+    state, _ = after(at(m.Attached(NOW + 300)), m.Signalled(m.TERM), m.Exited(0, 99))
+    assert ended(after(state, m.TreeGone())[1]) == [Exit.FINISHED]
+
+
+def test_a_standing_snapshot_is_published() -> None:
+    """Asked within an evaluation: the snapshot of its entry becomes durable and is the answer."""
+    state, actions = after(at(m.Attached(NOW + 300)), m.SnapshotCame(1, 40, 0))
+    assert actions == []
+    state, actions = after(state, m.Signalled(m.TERM), m.Stood(1, 2))
+    assert m.Publish(1) in actions
+    state, actions = after(state, m.Published(1, 40))
+    assert isinstance(state.phase, m.Leaving)
+    durable, _ = after(at(m.Attached(NOW), durable_generation=1), m.Signalled(m.TERM))
+    assert isinstance(after(durable, m.Stood(1, 2))[0].phase, m.Leaving)
+
+
+# ------------------------------------------------------------------ failures
+
+
+def die(state: m.State, step: int, code: int = -9) -> tuple[m.State, list[m.Action]]:
+    """A worker attaches, reaches a step and dies; its tree is gone."""
+    state, _ = after(state, m.Spawned(), m.WorkerAttached())
+    return after(state, m.WorkerDetached(), m.Exited(code, step), m.TreeGone())
+
+
+def restart(state: m.State) -> m.State:
+    due_s = m.deadline(state)
+    assert due_s is not None
+    state, actions = m.step(state, m.Ticked(0), due_s)
+    assert actions == [m.Spawn()]
+    return state
+
+
+def test_restarts_back_off_and_give_up() -> None:
+    """Pauses of 1, 2, … seconds; after `restarts_max` restarts without progress: 70, and why."""
+    state = at(m.Unattached())
+    for pause_s in (1.0, 2.0):
+        state, actions = die(state, 7)
+        assert m.deadline(state) == NOW + pause_s
+        assert not any(isinstance(action, m.Spawn) for action in actions)
+        state = restart(state)
+    state, actions = die(state, 7)
+    assert ended(actions) == [Exit.GAVE_UP]
+    assert "signal 9 (SIGKILL) at step 7" in str(actions)
+
+
+def test_progress_starts_the_count_anew() -> None:
+    """Failures with steps between them never add up."""
+    state = at(m.Unattached())
+    for step in range(1, 20):
+        state, actions = die(state, step)
+        assert not ended(actions)
+        state = restart(state)
+    assert failures_in_a_row(5, 8, 7) == 1
+    assert failures_in_a_row(5, 7, 7) == 6
+
+
+def test_what_was_in_memory_is_saved_before_a_restart() -> None:
+    """A worker that died is started again only after the newest whole snapshot is durable."""
+    state, _ = after(at(m.Attached(NOW + 300)), m.SnapshotCame(1, 40, 0), m.SnapshotCame(2, 60, 0))
+    state, actions = after(state, m.Exited(-11, 63))
+    assert m.KillTree() in actions
+    state, actions = after(state, m.TreeGone())
+    assert actions == [m.Publish(2)]
+    assert isinstance(state.phase, m.Saving)
+    state, actions = after(state, m.Published(2, 60))
+    assert isinstance(state.phase, m.Pausing)
+
+
+def test_a_refusal_is_given_up_on_at_once() -> None:
+    """What starting again would not mend is not tried again: 70 with the worker's own words."""
+    facts = m.WorkerRefused("`model` does not fit"), m.Exited(1, 0), m.TreeGone()
+    _, actions = after(at(m.Attached(NOW + 300)), *facts)
+    assert ended(actions) == [Exit.GAVE_UP]
+    assert "`model` does not fit" in str(actions)
+
+
+def test_exit_0_before_the_resume_point_is_a_failure() -> None:
+    """A worker that says that it did not finish is not believed to have finished."""
+    state, _ = after(at(m.Attached(NOW)), m.WorkerSaidBye(False), m.Exited(0, 5), m.TreeGone())
+    assert isinstance(state.phase, m.Pausing)
+
+
+def test_fenced() -> None:
+    """A newer attempt elsewhere: kill the worker, publish nothing more, 69."""
+    state, _ = after(at(m.Attached(NOW + 300)), m.SnapshotCame(1, 40, 1))
+    state, actions = after(state, m.PublishFailed(1, "attempt 4 was started", True))
+    assert m.KillTree() in actions
+    state, actions = after(state, m.SnapshotCame(2, 50, 0), m.TreeGone())
+    assert not any(isinstance(action, m.Publish) for action in actions)
+    assert ended(actions) == [Exit.LOCKED]
+
+
+def test_a_full_disk_does_not_stop_training() -> None:
+    """A checkpoint that fails is said once, and tried again; the job runs on."""
+    state, _ = after(at(m.Attached(NOW), durable_step=3), m.Ticked(10), m.SnapshotCame(1, 10, 2))
+    failed = m.PublishFailed(1, "disk full", False)
+    state, actions = after(state, failed)
+    assert any(isinstance(action, m.Say) for action in actions)
+    assert m.deadline(state) == NOW + POLICY.backoff_s_max
+    state, _ = m.step(state, m.Ticked(20), NOW + 60)
+    state, actions = after(state, m.SnapshotCame(2, 20, 3), replace(failed, generation=2))
+    assert not any(isinstance(action, m.Say) for action in actions)
+
+
+def test_a_stop_while_a_failure_is_cleared_away() -> None:
+    """No relaunch after a stop, whenever it came."""
+    for phase in (m.Ending(NOW + 10, FAILED), m.Saving(NOW + 30, FAILED)):
+        state, _ = after(at(phase, writing=m.Held(1, 10, due=True)), m.Signalled(m.TERM))
+        _, actions = after(state, m.TreeGone(), m.Published(1, 10))
+        assert ended(actions) == [Exit.INTERRUPTED]
+    assert ended(after(at(m.Pausing(NOW + 9)), m.StopAsked())[1]) == [Exit.INTERRUPTED]
+
+
+def test_never_beside_a_process_that_cannot_be_killed() -> None:
+    """A tree that outlives SIGKILL is not relaunched beside."""
+    _, actions = after(at(m.Ending(NOW, FAILED)), m.Ticked(0))
+    assert ended(actions) == [Exit.GAVE_UP]
+
+
+# ------------------------------------------------------------------ commands that never attach
+
+
+@pytest.mark.parametrize(
+    ("flush_signal", "code", "expected"),
+    [(None, -15, 143), (None, 7, 7), (10, -15, 75), (10, 0, 75)],
+)
+def test_a_command_of_its_own(flush_signal: int | None, code: int, expected: int) -> None:
+    """It is sent the signal (or its own one), and its own end is passed on."""
+    policy = Policy(flush_signal=flush_signal)
+    state = replace(
+        m.begin(policy, NOW, durable_step=None, ever_attached=False), phase=m.Unattached()
+    )
+    state, actions = after(state, m.Signalled(m.TERM))
+    assert m.PassSignal(flush_signal or m.TERM) in actions
+    _, actions = after(state, m.Exited(code, 0), m.TreeGone())
+    assert ended(actions) == [expected]
+
+
+def test_attaching_after_the_stop_was_asked() -> None:
+    """A worker that attaches late is asked to leave, within the same deadline."""
+    state, _ = after(at(m.Unattached()), m.Signalled(m.TERM))
+    state, actions = after(state, m.WorkerAttached(), now_s=NOW + 20)
+    assert m.Request(2, leave=True) in actions
+    assert m.deadline(state) == NOW + 30
+
+
+def test_a_command_that_cannot_be_started() -> None:
+    """It failed as any other attempt: tried again with a pause, then given up on."""
+    state = at(m.Unattached())
+    for _ in range(POLICY.restarts_max):
+        state, actions = after(state, m.SpawnFailed("no memory"), m.TreeGone())
+        assert not ended(actions)
+        state = restart(state)
+    _, actions = after(state, m.SpawnFailed("no memory"), m.TreeGone())
+    assert ended(actions) == [Exit.GAVE_UP]
