@@ -66,4 +66,4 @@ def check(disk: Disk, run: Path, attempt: int) -> None:
 
 
 def _largest(disk: Disk, directory: Path) -> int:
-    return max((int(name) for name in disk.names(directory) if name.isdigit()), default=0)
+    return max((int(name) for name in disk.names(directory) if name.isdecimal()), default=0)

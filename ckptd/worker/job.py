@@ -512,7 +512,9 @@ class LaunchedJob(Job):
                 "interrupted: a branch was not taken that was taken the first time"
             )
             print(f"ckptd: {error}", file=sys.stderr, flush=True)  # past any handler
-        self._link.send(wire.Bye(finished=not missed and not self._leaving))
+        # Set by the interpreter when an exception ended the script; a shell may hide its status.
+        failed = getattr(sys, "last_value", None) is not None
+        self._link.send(wire.Bye(finished=not (missed or failed or self._leaving)))
         if self._link.orphaned:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -35,6 +35,8 @@ def main():
     out = job.open("out.txt")
     data = list(range(9 if VARIANT == "length" else 8))
     items = DataLoader(data) if VARIANT == "loop kind" else data
+    if VARIANT == "exception":
+        raise RuntimeError(VARIANT)
     if VARIANT == "exit":
         sys.exit("the data is not mounted yet")
     if VARIANT == "finished early":

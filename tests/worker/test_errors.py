@@ -79,6 +79,14 @@ def test_a_script_that_exits_early_is_tried_again(workshop: Workshop, interrupte
     assert [event["event"] for event in workshop.journal()].count("started") == 4
 
 
+def test_an_exception_behind_a_shell(workshop: Workshop) -> None:
+    """A shell that hides the script's exit status does not make an exception a finished run."""
+    script = " ".join(ARGV) + "; true"
+    once = "--max-restarts", "0"
+    done = workshop.launch("sh", "-c", script, options=once, VARIANT="exception")
+    assert done.returncode == 70, done.stderr
+
+
 def test_a_shorter_output_file(workshop: Workshop, interrupted: Path) -> None:
     """An output file that lost what the checkpoint counts on is named, with both lengths."""
     shutil.copytree(interrupted, workshop.path, dirs_exist_ok=True)
