@@ -6,6 +6,7 @@ line, so that it never lands inside the job's own.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import IO, Final
@@ -53,6 +54,10 @@ class Terminal:
             self._output.flush()
         except OSError as error:
             self._output_gone = True
+            # What is still buffered would fail once more at our exit, and turn its code into 120.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._output.fileno())
+            os.close(null)
             self.say(f"standard output is gone ({error.strerror}); the log has the rest")
         self._line_ended = chunk.endswith(b"\n")
 
