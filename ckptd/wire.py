@@ -75,14 +75,12 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         generation: counts the snapshots of one worker, from 1.
         step: items of innermost loops that are done.
-        place: where that is, for a person: "epoch 3/30, batch 40/120".
         asked: the request word that this answers; 0: sent unasked, to be held in memory.
         outputs: absolute paths of files opened through `job.open`, to be synced before publishing.
     """
 
     generation: int
     step: int
-    place: str
     files: list[Extent]
     outputs: list[str]
     asked: int

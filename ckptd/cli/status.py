@@ -14,6 +14,7 @@ from ckptd.host.disk import RealDisk
 from ckptd.store import store
 from ckptd.supervisor import journal, server
 from ckptd.supervisor import run as runs
+from ckptd.supervisor.policy import described
 from ckptd.supervisor.run import Run
 
 _ANSWER_BOUND_S = 5.0
@@ -96,6 +97,5 @@ def _last_end(events: list[dict[str, Any]]) -> str | None:
         if event["event"] in ("stopped", "gave up", "fenced"):
             return str(event["text"])
         if event["event"] == "exited" and event["code"] != 0:
-            code = event["code"]
-            return f"exit status {code}" if code > 0 else f"signal {-code}"
+            return described(event["code"])
     return None

@@ -4,5 +4,6 @@
 - `disk`      the file operations of the store, each of which can fail
 - `children`  the command's process, its tree, and the end of both
 - `signals`   signals as facts in a queue
+- `sockets`   packets with descriptors riding on them
 - `memory`    memory that is shared between processes
 """

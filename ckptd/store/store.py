@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ckptd.errors import DamagedError, NotDurableError
 from ckptd.host.disk import Content, Disk
+from ckptd.store import fence as fences
 from ckptd.store import manifest as manifests
 from ckptd.store import retention
 from ckptd.store.manifest import File, Manifest
@@ -104,6 +105,33 @@ def publish(
         if isinstance(error, OSError):
             raise _refused(error, temporary, total) from error
         raise
+
+
+def publish_attempt(
+    disk: Disk,
+    run: Path,
+    *,
+    step: int,
+    attempt: int,
+    files: Mapping[str, Content],
+    outputs: Iterable[Path],
+    created: float,
+) -> Checkpoint:
+    """`publish` into a run's checkpoints, behind the fence of its attempts.
+
+    Raises:
+        NotDurableError, FencedError: as for `publish`.
+    """
+    return publish(
+        disk,
+        run / "checkpoints",
+        step=step,
+        attempt=attempt,
+        files=files,
+        outputs=outputs,
+        created=created,
+        fence=lambda: fences.check(disk, run, attempt),
+    )
 
 
 def _publish(

@@ -32,7 +32,7 @@ from ckptd.host.signals import Signals
 from ckptd.store import fence, store
 from ckptd.supervisor import machine
 from ckptd.supervisor.journal import Journal
-from ckptd.supervisor.policy import Exit, Policy
+from ckptd.supervisor.policy import Exit, Policy, described
 from ckptd.supervisor.run import Run, SupervisorFile, boot_id, environment_for
 from ckptd.supervisor.server import Peer, Server, close_all
 from ckptd.supervisor.terminal import Terminal
@@ -293,7 +293,7 @@ class Loop:
             self._forget(attempt.child)
             self._hear_worker_out(attempt)
             if code != 0:
-                self._last_failure = f"exit status {code}" if code > 0 else f"signal {-code}"
+                self._last_failure = described(code)
             self._tell(machine.Exited(code, self._step()))
 
     def _hear_worker_out(self, attempt: _Attempt) -> None:

@@ -16,6 +16,7 @@ from typing import Final
 
 from ckptd import wire
 from ckptd.errors import CkptdError
+from ckptd.host import sockets
 
 _DESCRIPTORS_MAX: Final = 4
 _ASK_BOUND_S: Final = 3600.0
@@ -49,14 +50,7 @@ class Peer:
 
     def send(self, message: wire.ToWorker, descriptors: Sequence[int] = ()) -> None:
         """Send a message; a peer that is gone does not get it, and that is seen by `receive`."""
-        packet = wire.encode(message)
-        try:
-            if descriptors:
-                socket.send_fds(self._socket, [packet], list(descriptors))
-            else:
-                self._socket.send(packet)
-        except (BrokenPipeError, ConnectionError):
-            return
+        sockets.send(self._socket, wire.encode(message), descriptors)
 
     def close(self) -> None:
         """End the connection."""

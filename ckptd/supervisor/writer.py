@@ -17,7 +17,7 @@ from ckptd import wire
 from ckptd.errors import CkptdError, FencedError
 from ckptd.host import memory
 from ckptd.host.disk import Disk
-from ckptd.store import fence, store
+from ckptd.store import store
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,12 @@ def publish(
         FencedError: a newer attempt exists.
     """
     with memory.pieces(descriptor, wire.places(snapshot.files)) as files:
-        return store.publish(
+        return store.publish_attempt(
             disk,
-            run / "checkpoints",
+            run,
             step=snapshot.step,
             attempt=attempt,
             files=files,
             outputs=map(Path, snapshot.outputs),
             created=created,
-            fence=lambda: fence.check(disk, run, attempt),
         )

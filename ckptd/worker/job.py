@@ -27,7 +27,7 @@ from ckptd.errors import (
 )
 from ckptd.host import memory
 from ckptd.host.disk import RealDisk
-from ckptd.store import fence, store
+from ckptd.store import store
 from ckptd.worker import environment, rng, snapshot, tree
 from ckptd.worker.link import Link
 from ckptd.worker.loops import Loops
@@ -230,7 +230,8 @@ class LaunchedJob(Job):
         if name == _VARS or not name.isidentifier():
             raise CannotCarryError(f"`{name}` can't name a tracked object: choose another word")
         carrier = carrier_for(name, target)
-        carrier.full(self._naming())  # what can't be carried is said now and not at the first stop
+        # What can't be carried is said now and not at the first stop.
+        carrier.full(self._carriers_and_names()[1])
         self._carriers[name] = carrier
         if self._reader is None:
             self._claim(carrier)
@@ -281,9 +282,9 @@ class LaunchedJob(Job):
             yield from self._loops.loop(items, restart=restart, numbered=numbered)
 
     def moment(self) -> Moment:
-        naming = self._naming()
+        carriers, naming = self._carriers_and_names()
         plain: dict[str, tuple[str, Frozen]] = {}
-        for name, carrier in self._all_carriers().items():
+        for name, carrier in carriers.items():
             frozen = carrier.plain(naming)
             if frozen is not None:
                 plain[name] = (carrier.kind, frozen)
@@ -292,11 +293,11 @@ class LaunchedJob(Job):
 
     def apply(self, moment: Moment) -> None:
         self._restore_vars(moment.plain[_VARS][1])
-        moment.apply(self._all_carriers(), self._naming())
+        moment.apply(*self._carriers_and_names())
         self._loops.restore_streams(moment.streams)
 
     def targets(self) -> list[object]:
-        return [carrier.target for carrier in self._all_carriers().values()]
+        return [carrier.target for carrier in self._carriers_and_names()[0].values()]
 
     def say(self, text: str) -> None:
         if not self._link.send(wire.Said(text)):
@@ -350,9 +351,9 @@ class LaunchedJob(Job):
     def _capture(self) -> _Captured:
         """The whole state in a memfd."""
         writer = Writer()
-        naming = self._naming()
+        carriers, naming = self._carriers_and_names()
         components: dict[str, Json] = dict(self._carry_on_unclaimed(writer))
-        for name, carrier in self._all_carriers().items():
+        for name, carrier in carriers.items():
             components[name] = {
                 "kind": carrier.kind,
                 "parts": _entries(writer, name, carrier.kind, carrier.full(naming)),
@@ -386,7 +387,6 @@ class LaunchedJob(Job):
         message = wire.Snapshot(
             self._generation,
             captured.step,
-            self._loops.place_for_people(),
             captured.extents,
             captured.outputs,
             asked,
@@ -418,7 +418,7 @@ class LaunchedJob(Job):
     def _restore_early(self, carrier: Carrier) -> None:
         """At `track`: what fits is restored; what the script still has to rebuild waits."""
         assert self._reader is not None, "called while resuming"
-        naming = self._naming()
+        _, naming = self._carriers_and_names()
         for name, one in _with_parts(carrier).items():
             component = self._reader.document["components"].get(name)
             if component is None:
@@ -433,9 +433,8 @@ class LaunchedJob(Job):
     def restore_everything(self) -> None:
         """At the resume point: check all that is tracked, then restore it, then the generators."""
         assert self._reader is not None, "called while resuming"
-        document, naming = self._reader.document, self._naming()
-        carriers = self._all_carriers()
-        components = document["components"]
+        document, components = self._reader.document, self._reader.document["components"]
+        carriers, naming = self._carriers_and_names()
         pairs = [
             (one, self._reader.saved(components[name]))
             for name, one in _ordered(carriers)
@@ -463,7 +462,7 @@ class LaunchedJob(Job):
 
     def _claim(self, carrier: Carrier) -> None:
         """After the resume point: what the checkpoint kept for an object that is tracked late."""
-        naming = self._naming()
+        _, naming = self._carriers_and_names()
         for name, one in _with_parts(carrier).items():
             kept = self._unclaimed.get(name)
             if kept is not None:
@@ -488,14 +487,12 @@ class LaunchedJob(Job):
 
     # -------------------------------------------------------------- the small things
 
-    def _all_carriers(self) -> dict[str, Carrier]:
+    def _carriers_and_names(self) -> tuple[dict[str, Carrier], ParameterNames]:
+        """All carriers, those inside plain objects too, and the names of all parameters in them."""
         found: dict[str, Carrier] = {}
         for carrier in self._carriers.values():
             found.update(_with_parts(carrier))
-        return found
-
-    def _naming(self) -> ParameterNames:
-        return ParameterNames(self._all_carriers().values())
+        return found, ParameterNames(found.values())
 
     def _refusals(self) -> _Refusals:
         return _Refusals(self._link)
@@ -573,15 +570,14 @@ def _publish_alone(run: Path, welcome: wire.Welcome, captured: _Captured) -> Non
     """
     disk = RealDisk()
     with memory.pieces(captured.descriptor, wire.places(captured.extents)) as files:
-        store.publish(
+        store.publish_attempt(
             disk,
-            run / "checkpoints",
+            run,
             step=captured.step,
             attempt=welcome.attempt,
             files=files,
             outputs=map(Path, captured.outputs),
             created=time.time(),
-            fence=lambda: fence.check(disk, run, welcome.attempt),
         )
     store.prune(disk, run / "checkpoints", welcome.keep)
 

@@ -24,6 +24,7 @@ from typing import Final
 
 from ckptd import wire
 from ckptd.errors import CkptdError, ProtocolError, UsageError
+from ckptd.host import sockets
 
 _FORWARDED: Final = (
     signal.SIGTERM,
@@ -75,15 +76,7 @@ class Link:
 
     def send(self, message: wire.ToSupervisor, descriptors: Sequence[int] = ()) -> bool:
         """Send one message; False when the supervisor is gone."""
-        packet = wire.encode(message)
-        try:
-            if descriptors:
-                socket.send_fds(self._socket, [packet], list(descriptors))
-            else:
-                self._socket.send(packet)
-        except (BrokenPipeError, ConnectionError):
-            return False
-        return True
+        return sockets.send(self._socket, wire.encode(message), descriptors)
 
     def receipt(self, generation: int) -> wire.Durable | wire.NotDurable | None:
         """Wait for what became of a snapshot; None: the supervisor died before it said."""

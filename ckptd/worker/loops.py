@@ -107,10 +107,6 @@ class Frame:
         self.finished: dict[int, Moment] = {}
         self.standing = 0  # a restart loop's snapshot
 
-    def saw_child(self, ordinal: int) -> None:
-        """A loop was opened within the current item."""
-        self.children = ordinal + 1
-
 
 class Root(Frame):
     """The script itself, as the item in which the outermost loops stand."""
@@ -129,7 +125,6 @@ class SavedLoop:
         self.where: str = record["where"]
         self.phase: str = record["phase"]
         self.done: int = record["done"]
-        self.restart: bool = record["restart"]
         self.hidden: dict[str, Json] = record["hidden"]
         self.feed = reader.frozen(record["feed"])
         handed, handed_feed, entry = record["handed"], record["handed_feed"], record["entry"]
@@ -189,7 +184,7 @@ class Loops:
     ) -> Iterator[Any]:
         parent = self._stack[-1]
         ordinal = parent.children
-        parent.saw_child(ordinal)
+        parent.children += 1
         saved = self._saved_for(parent, ordinal, where)
         if saved == "skip":
             self._skip(parent, ordinal, items)
@@ -224,8 +219,7 @@ class Loops:
         self._end_restart(frame)
         if not self._inside_restart() and isinstance(parent, Root) and not self.plan:
             self._host.send_snapshot(keep=False)
-        if words[wire.WORD_REQUEST] != self._host.answered:
-            self._answer()
+        self._answer()
 
     def _items(self, frame: Frame, iterator: Iterator[Any], slot: int) -> Iterator[Any]:
         """The hot path: everything here runs between two batches."""
@@ -273,14 +267,12 @@ class Loops:
 
     def _enter(self, frame: Frame, saved: SavedLoop | None) -> Iterator[Any]:
         """Begin a loop at its first item; `saved`: again, after an interruption at its entry."""
-        position = None if saved is None else saved.feed
-        if saved is None:
-            position = self._adopt(frame)
+        # A loader that is seen for the first time after a resume goes on where it was left.
+        position = self._adopt(self._place(), frame.feed) if saved is None else saved.feed
         frame.entry = Entry.of(frame.feed)
         if frame.restart and not self._inside_restart(below=frame) and not self._blind():
             frame.standing = self._host.send_snapshot(keep=True)
-        if self._host.words[wire.WORD_REQUEST] != self._host.answered:
-            self._answer()
+        self._answer()
         if position is None:
             return frame.feed.fresh()
         return frame.feed.resume(0, _thawed(position), lambda: self._reset(frame))
@@ -346,7 +338,7 @@ class Loops:
         place = f"{self._place()}.{ordinal}" if len(self._stack) > 1 else str(ordinal)
         feed = self._feed(items)
         self._note_loader(place, feed)
-        position = self._adopt_at(place, feed)
+        position = self._adopt(place, feed)
         if position is not None:  # for when a loop over it is begun
             self._saved_loaders[place] = ({}, position)
         moment = parent.finished.get(ordinal)
@@ -415,10 +407,6 @@ class Loops:
         assert frame.entry is not None, "a loop that is gone back to was entered"
         frame.entry.apply(frame.feed)
 
-    def _adopt(self, frame: Frame) -> Frozen | None:
-        """A loader that is seen for the first time after a resume: where it was left."""
-        return self._adopt_at(self._place(), frame.feed)
-
     def _note_loader(self, place: str, feed: Feed) -> None:
         """Remember the loader of a place: its generators go on while no loop over it is open."""
         if isinstance(feed, dataloader.LoaderFeed):
@@ -427,7 +415,8 @@ class Loops:
                 self._made_anew.add(place)  # the script makes it there: nothing of it goes on
             self._loaders[place] = feed
 
-    def _adopt_at(self, place: str, feed: Feed) -> Frozen | None:
+    def _adopt(self, place: str, feed: Feed) -> Frozen | None:
+        """Set what belongs to a place's loader to what was saved, once; and where it was."""
         hidden, position = self._saved_loaders.pop(place, ({}, None))
         feed.adopt_hidden(hidden, self._restored)
         return position
@@ -475,7 +464,6 @@ class Loops:
             "where": frame.where,
             "phase": frame.phase if innermost else "item",
             "done": frame.done,
-            "restart": frame.restart,
             "entry": None if frame.entry is None else frame.entry.entry(),
             "handed": None if handed is None else handed.entry(writer),
             "handed_feed": None if handed_feed is None else writer.add("loops", handed_feed),
@@ -488,14 +476,6 @@ class Loops:
         """Where every stream is."""
         return {key: stream.position() for key, stream in self._streams.items()}
 
-    def place_for_people(self) -> str:
-        """How far the open loops are: "3/30 · 40/120"."""
-        parts = []
-        for frame in self._stack[1:]:
-            of = f"/{frame.feed.length}" if frame.feed.length else ""
-            parts.append(f"{min(frame.done + 1, frame.feed.length or frame.done + 1)}{of}")
-        return " · ".join(parts)
-
     # -------------------------------------------------------------- safe points
 
     @property
@@ -504,9 +484,10 @@ class Loops:
         return next((frame.standing for frame in self._stack if frame.standing), 0)
 
     def _answer(self) -> None:
-        if self.plan or self._blind():
-            return  # no safe point: answered at a later one
-        self._host.answer()
+        """Answer a request, if there is one and this is a safe point; else a later one will."""
+        asked = self._host.words[wire.WORD_REQUEST] != self._host.answered
+        if asked and not self.plan and not self._blind():
+            self._host.answer()
 
     def _blind(self) -> bool:
         """Whether an outer loop's item has no record of its begin."""

@@ -69,7 +69,7 @@ def capture(generator: object) -> Json:
         return {"kind": kind, "state": _plain(bits.state), "spawned": spawned}
     assert isinstance(generator, torch.Generator)
     device = generator.device.type
-    return {"kind": kind, "device": device, "state": _text(_torch_bytes(generator.get_state()))}
+    return {"kind": kind, "device": device, "state": to_text(_torch_bytes(generator.get_state()))}
 
 
 def check(generator: object, saved: Json, name: str) -> None:
@@ -108,7 +108,7 @@ def restore(generator: object, saved: Json) -> None:
             bits.seed_seq.spawn(missing)  # type: ignore[attr-defined]
     else:
         assert isinstance(generator, torch.Generator)
-        generator.set_state(_torch_state(_bytes(state)))
+        generator.set_state(_torch_state(to_bytes(state)))
 
 
 def build(saved: Json) -> object:
@@ -146,12 +146,12 @@ def capture_global() -> dict[str, Json]:
     states: dict[str, Json] = {
         "random": _python_to_json(random.getstate()),
         "numpy": _plain(np.random.get_state(legacy=False)),  # the global stream
-        "torch": _text(_torch_bytes(torch.get_rng_state())),
+        "torch": to_text(_torch_bytes(torch.get_rng_state())),
     }
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own gap
         for index in range(torch.cuda.device_count()):
             state = torch.cuda.get_rng_state(index)
-            states[f"cuda:{index}"] = _text(_torch_bytes(state))
+            states[f"cuda:{index}"] = to_text(_torch_bytes(state))
     return states
 
 
@@ -164,10 +164,10 @@ def restore_global(states: dict[str, Json]) -> None:
     check_global(states)
     random.setstate(_python_from_json(states["random"]))
     np.random.set_state(_unplain(states["numpy"]))  # the global stream
-    torch.set_rng_state(_torch_state(_bytes(states["torch"])))
+    torch.set_rng_state(_torch_state(to_bytes(states["torch"])))
     for name, state in states.items():
         if name.startswith("cuda:"):
-            torch.cuda.set_rng_state(_torch_state(_bytes(state)), int(name.removeprefix("cuda:")))
+            torch.cuda.set_rng_state(_torch_state(to_bytes(state)), int(name.removeprefix("cuda:")))
 
 
 def check_global(states: dict[str, Json]) -> None:
@@ -258,11 +258,13 @@ def _unpack_float(packed: bytes) -> float | None:
 # ------------------------------------------------------------------ bytes and JSON
 
 
-def _text(raw: bytes) -> str:
+def to_text(raw: bytes) -> str:
+    """Bytes as text for a JSON value."""
     return base64.b64encode(raw).decode("ascii")
 
 
-def _bytes(text: str) -> bytes:
+def to_bytes(text: str) -> bytes:
+    """What `to_text` was given."""
     return base64.b64decode(text, validate=True)
 
 
@@ -275,11 +277,11 @@ def _torch_state(raw: bytes) -> torch.Tensor:
 
 
 def _python_to_json(state: Any) -> Json:
-    return _text(_pack_python(state))
+    return to_text(_pack_python(state))
 
 
 def _python_from_json(text: Json) -> Any:
-    return _unpack_python(_bytes(text))
+    return _unpack_python(to_bytes(text))
 
 
 def _plain(value: Any) -> Json:
@@ -287,7 +289,7 @@ def _plain(value: Any) -> Json:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        return {"dtype": value.dtype.str, "bytes": _text(value.tobytes())}
+        return {"dtype": value.dtype.str, "bytes": to_text(value.tobytes())}
     if isinstance(value, np.generic):
         return _plain(value.item())
     if isinstance(value, bool | str):
@@ -302,7 +304,7 @@ def _plain(value: Any) -> Json:
 def _unplain(value: Json) -> Any:
     if isinstance(value, dict):
         if set(value) == {"dtype", "bytes"}:
-            return np.frombuffer(_bytes(value["bytes"]), dtype=np.dtype(value["dtype"])).copy()
+            return np.frombuffer(to_bytes(value["bytes"]), dtype=np.dtype(value["dtype"])).copy()
         if set(value) == {"int"}:
             return int(value["int"], 16)
         if set(value) == {"float"}:

@@ -12,7 +12,6 @@ bits as bits, to its place in the memfd.
 from __future__ import annotations
 
 import mmap
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import safe_open
 
 from ckptd import wire
 from ckptd.errors import DamagedError
+from ckptd.host import memory
 from ckptd.store import image
 from ckptd.worker import tree
 from ckptd.worker.state import Saved
@@ -105,12 +105,11 @@ class Writer:
         for name, length in [(STATE, len(text)), *((f, i.length) for f, i in images.items())]:
             extents.append(wire.Extent(name, end, length))
             end += -(-length // _ALIGNMENT) * _ALIGNMENT
-        descriptor = os.memfd_create("ckptd-snapshot", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, end)
-        with mmap.mmap(descriptor, end) as memory:
-            memory[: len(text)] = text
+        descriptor = memory.make("ckptd-snapshot", end)
+        with mmap.mmap(descriptor, end) as arena:
+            arena[: len(text)] = text
             for extent in extents[1:]:
-                _fill(memory, extent.offset, images[extent.name], self._files[extent.name])
+                _fill(arena, extent.offset, images[extent.name], self._files[extent.name])
         return descriptor, extents
 
 
@@ -125,14 +124,14 @@ def _layout(tensors: dict[str, torch.Tensor]) -> image.Image:
 
 
 def _fill(
-    memory: mmap.mmap, start: int, layout: image.Image, tensors: dict[str, torch.Tensor]
+    arena: mmap.mmap, start: int, layout: image.Image, tensors: dict[str, torch.Tensor]
 ) -> None:
-    memory[start : start + len(layout.header)] = layout.header
+    arena[start : start + len(layout.header)] = layout.header
     for offset, tensor in zip(layout.offsets, tensors.values(), strict=True):
         if tensor.numel():
             bits = tree.as_bits(tensor)
             place = torch.frombuffer(
-                memory, dtype=bits.dtype, count=bits.numel(), offset=start + offset
+                arena, dtype=bits.dtype, count=bits.numel(), offset=start + offset
             )
             place.view(bits.shape).copy_(bits)
             del place  # the mapping can't be closed while a tensor looks into it

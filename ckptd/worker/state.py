@@ -121,7 +121,7 @@ class Carrier(ABC):
 
     @abstractmethod
     def restore(self, saved: Saved, naming: Naming) -> None:
-        """Overwrite the object with what was saved, in place."""
+        """Overwrite the object with what was saved, in place; `check` it first."""
 
     def restore_plain(self, saved: Saved, naming: Naming) -> None:
         """Overwrite the loose values alone.
@@ -129,6 +129,7 @@ class Carrier(ABC):
         Raises:
             MismatchError: they do not fit; nothing was changed.
         """
+        self.check(saved, naming)
         self.restore(saved, naming)
 
     def refuse(self, found: str, expected: str) -> MismatchError:
@@ -258,7 +259,7 @@ class ModuleCarrier(Carrier):
                     f"`{key}` as {_described(here)}", f"`{key}` as {_described(there)}"
                 )
         names = {_canonical(name) for name, _ in self.module.named_parameters()}
-        _, hidden = beside["flags"], self._hidden_buffers()
+        hidden = self._hidden_buffers()
         strangers = [key for key in beside["buffers"] if key not in hidden]
         strangers += [key for key in beside["grads"] if key not in names]
         if strangers:
@@ -400,11 +401,8 @@ class OptimizerCarrier(Carrier):
         }
 
     def _parameters(self, naming: Naming) -> dict[str, torch.Tensor]:
-        own = {
-            naming.get(id(parameter), f"{g}.{p}"): parameter
-            for g, group in enumerate(self.target.param_groups)
-            for p, parameter in enumerate(group["params"])
-        }
+        names = self._names(naming)
+        own = {names[id(p)]: p for group in self.target.param_groups for p in group["params"]}
         return {**getattr(naming, "parameters", {}), **own}
 
     def _groups(self, naming: Naming) -> list[dict[str, Any]]:
@@ -479,8 +477,7 @@ class StatefulCarrier(Carrier):
         if kind != type(self.target).__qualname__:
             raise self.refuse(f"a {type(self.target).__qualname__}", f"a {kind}")
 
-    def restore(self, saved: Saved, naming: Naming) -> None:
-        self.check(saved, naming)
+    def restore(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
         self.target.load_state_dict(saved.thaw(saved.trees[""], name=self.name)["state"])
 
 
@@ -509,8 +506,7 @@ class ValueCarrier(Carrier):
         if isinstance(there, deque) and there.maxlen != self.target.maxlen:
             raise self.refuse(f"maxlen={self.target.maxlen}", f"maxlen={there.maxlen}")
 
-    def restore(self, saved: Saved, naming: Naming) -> None:
-        self.check(saved, naming)
+    def restore(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
         restored = saved.thaw(saved.trees[""], self.target, name=self.name)
         if restored is not self.target:
             raise self.refuse("something that can't be overwritten in place", "its elements")

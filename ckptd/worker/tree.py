@@ -15,7 +15,6 @@ Rules:
 
 from __future__ import annotations
 
-import base64
 import math
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
@@ -101,7 +100,7 @@ class _Freezer:
         if type(value) is complex:
             return {_TAG: "complex", "value": [value.real.hex(), value.imag.hex()]}
         if type(value) is bytes:
-            return {_TAG: "bytes", "value": _text(value)}
+            return {_TAG: "bytes", "value": rng.to_text(value)}
         if type(value) is frozenset:
             return {_TAG: "frozenset", "items": self._items(value, path)}
         if isinstance(value, torch.dtype):
@@ -109,7 +108,7 @@ class _Freezer:
         if isinstance(value, torch.device):
             return {_TAG: "device", "value": str(value)}
         if isinstance(value, np.generic) and value.dtype.kind in "biufcSUmM":
-            return {_TAG: "scalar", "dtype": value.dtype.str, "value": _text(value.tobytes())}
+            return {_TAG: "scalar", "dtype": value.dtype.str, "value": rng.to_text(value.tobytes())}
         if type(value) is range:
             return {_TAG: "range", "items": [value.start, value.stop, value.step]}
         if isinstance(value, PurePath):
@@ -137,7 +136,7 @@ class _Freezer:
         if type(value) is set:
             return {_TAG: "set", "items": self._items(value, path)}
         if type(value) is bytearray:
-            return {_TAG: "bytearray", "value": _text(bytes(value))}
+            return {_TAG: "bytearray", "value": rng.to_text(bytes(value))}
         raise self._refusal(value, path)
 
     def _items(self, values: Iterable[Any], path: str) -> list[Json]:
@@ -266,7 +265,7 @@ class Thawer:
         if kind == "complex":
             return complex(*(float.fromhex(part) for part in tree["value"]))
         if kind == "bytes":
-            return _raw(tree["value"])
+            return rng.to_bytes(tree["value"])
         if kind == "frozenset":
             return frozenset(self.thaw(item) for item in tree["items"])
         if kind == "dtype":
@@ -274,7 +273,7 @@ class Thawer:
         if kind == "device":
             return torch.device(tree["value"])
         if kind == "scalar":
-            return np.frombuffer(_raw(tree["value"]), dtype=np.dtype(tree["dtype"]))[0]
+            return np.frombuffer(rng.to_bytes(tree["value"]), dtype=np.dtype(tree["dtype"]))[0]
         if kind == "range":
             return range(*tree["items"])
         if kind == "path":
@@ -293,7 +292,7 @@ class Thawer:
             return self._thaw_generator(number, tree["value"], into)
         if kind == "bytearray":
             value = into if type(into) is bytearray else bytearray()
-            value[:] = _raw(tree["value"])
+            value[:] = rng.to_bytes(tree["value"])
             self._seen[number] = value
             return value
         if kind in ("list", "deque", "set"):
@@ -437,11 +436,3 @@ def _tensor_of(flat: np.ndarray[Any, Any]) -> torch.Tensor:
     if not flat.flags.writeable:
         flat = flat.copy()
     return torch.from_numpy(flat)
-
-
-def _text(raw: bytes) -> str:
-    return base64.b64encode(raw).decode("ascii")
-
-
-def _raw(text: str) -> bytes:
-    return base64.b64decode(text, validate=True)

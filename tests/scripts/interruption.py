@@ -14,6 +14,17 @@ from pathlib import Path
 _BOUND_S = 60
 
 
+def signal_and_see(job, send):
+    """Send a signal, and return when the request that it leads to has arrived at this process."""
+    before = job.words[0]
+    send()
+    bound = time.monotonic() + _BOUND_S
+    while job.words[0] == before:
+        if time.monotonic() > bound:
+            sys.exit("no request arrived")
+        time.sleep(0.001)
+
+
 class Interruption:
     """A tracked object: its `state_dict` is called by every flush."""
 
@@ -68,10 +79,4 @@ class Interruption:
 
     def _signal_and_see(self, number):
         """Send it to the supervisor, and go on when the request has arrived at this process."""
-        before = self.job.words[0]
-        os.kill(self.supervisor, number)
-        bound = time.monotonic() + _BOUND_S
-        while self.job.words[0] == before:
-            if time.monotonic() > bound:
-                sys.exit("no request arrived")
-            time.sleep(0.001)
+        signal_and_see(self.job, lambda: os.kill(self.supervisor, number))

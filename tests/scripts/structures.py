@@ -12,12 +12,12 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter, deque
 
 import numpy as np
 import psutil
 import torch
+from interruption import signal_and_see
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
 
@@ -31,6 +31,16 @@ def supervisor():
     if not os.environ.get("STRIKE_SUPERVISOR"):
         return os.getppid()
     return psutil.Process().parent().ppid()
+
+
+def strike():
+    """Have the job stopped: by a signal to the supervisor, or to this process's whole group."""
+    if os.environ.get("STRIKE_GROUP"):
+        # This process and its loader's workers; from outside, as a scheduler does it.
+        kill = ["kill", "-TERM", "--", f"-{os.getpgid(0)}"]
+        subprocess.run(kill, check=True, start_new_session=True)
+    else:
+        os.kill(supervisor(), signal.SIGTERM)
 
 
 class Run:
@@ -50,16 +60,7 @@ class Run:
     def tick(self):
         self.ticks += 1
         if self.ticks == STRIKE:
-            before = self.job.words[0]
-            if os.environ.get("STRIKE_GROUP"):
-                # This process and its loader's workers; from outside, as a scheduler does it.
-                kill = ["kill", "-TERM", "--", f"-{os.getpgid(0)}"]
-                subprocess.run(kill, check=True, start_new_session=True)
-            else:
-                os.kill(supervisor(), signal.SIGTERM)
-            bound = time.monotonic() + 60
-            while self.job.words[0] == before and time.monotonic() < bound:
-                time.sleep(0.001)
+            signal_and_see(self.job, strike)
 
 
 def nested(run):

@@ -3,9 +3,9 @@
 import os
 import signal
 import sys
-import time
 
 import torch
+from interruption import signal_and_see
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -51,10 +51,7 @@ def main():
             print(epoch, item, file=out)
             optimizer.step()
             if VARIANT == "" and item == 3 and os.environ.get("STRIKE"):
-                before = job.words[0]
-                os.kill(os.getppid(), signal.SIGTERM)
-                while job.words[0] == before:
-                    time.sleep(0.001)
+                signal_and_see(job, lambda: os.kill(os.getppid(), signal.SIGTERM))
 
 
 if __name__ == "__main__":

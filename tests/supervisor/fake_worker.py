@@ -49,8 +49,7 @@ class Worker:
         os.write(descriptor, state)
         self.generation += 1
         files = [wire.Extent("state.json", 0, len(state))]
-        place = f"step {self.step}"
-        self.send(wire.Snapshot(self.generation, self.step, place, files, [], asked), [descriptor])
+        self.send(wire.Snapshot(self.generation, self.step, files, [], asked), [descriptor])
         os.close(descriptor)
 
     def safe_point(self):
