@@ -18,6 +18,8 @@ The map of the house:
 - `wire`         how the two talk: messages and a page of shared memory.
 - `store/`       checkpoints on disk: published whole or not at all, verified when loaded.
   FORMAT.md.
+- `drill/`       `ckptd drill`: a script run undisturbed and interrupted, compared bit for bit.
+- `record`       what a drilled run writes down at each safe point.
 - `host/`        the operating system behind small protocols, so that tests can simulate it.
 - `cli/`         one file a command.
 - `errors`       every error a user can meet.

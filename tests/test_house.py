@@ -13,18 +13,27 @@ PACKAGE = Path(__file__).parent.parent / "ckptd"
 MAY_IMPORT = {
     "errors": set(),
     "wire": set(),
+    "record": set(),
     "host": set(),
     "store": {"host"},
     "supervisor": {"wire", "store", "host"},
-    "worker": {"wire", "store", "host"},
-    "cli": {"supervisor", "store", "host"},
+    "worker": {"wire", "record", "store", "host"},
+    "drill": {"record", "supervisor", "host"},
+    "cli": {"supervisor", "store", "host", "drill", "record"},
     "__init__": {"worker"},
     "__main__": {"cli"},
 }
 #: Of the host, the store's modules may name only the protocol that is passed in.
 STORE_MAY_IMPORT = {"ckptd.host.disk"}
 PURE = (
-    *("wire.py", "store/manifest.py", "store/image.py", "store/retention.py"),
+    *(
+        "wire.py",
+        "record.py",
+        "drill/compare.py",
+        "store/manifest.py",
+        "store/image.py",
+        "store/retention.py",
+    ),
     *("supervisor/policy.py", "supervisor/machine.py"),
 )
 IMPURE_MODULES = {"os", "time", "signal", "subprocess", "threading", "random"}

@@ -14,6 +14,7 @@ import msgspec
 from ckptd import __version__
 from ckptd.cli import options
 from ckptd.errors import UsageError
+from ckptd.host import children
 from ckptd.host.clock import RealClock
 from ckptd.supervisor import journal
 from ckptd.supervisor import run as runs
@@ -64,6 +65,12 @@ _DEFAULTS = Policy()
     "--accept-changes", is_flag=True, help="Go on although the command or directory changed."
 )
 @click.option(
+    "--fixed-addresses",
+    is_flag=True,
+    help="The same memory addresses in every attempt, for scripts that iterate over sets of "
+    "objects.",
+)
+@click.option(
     "--flush-signal",
     metavar="NAME",
     help="For commands without ckptd.attach: the signal by which they save and leave (USR1).",
@@ -77,6 +84,7 @@ def command(
     *,
     fresh: bool,
     accept_changes: bool,
+    fixed_addresses: bool,
     **settings: Any,
 ) -> int:
     """Start COMMAND, save it when it is interrupted, and start it again until it has finished.
@@ -90,7 +98,7 @@ def command(
     """  # noqa: D301  # \b is click's mark for a paragraph that is not rewrapped
     backoff_s = float(os.environ.get("CKPTD_BACKOFF", _DEFAULTS.backoff_s))
     policy = Policy(**settings, backoff_s=backoff_s, flush_signal=_signal_number(flush_signal))
-    _check_command(argv[0])
+    check_command(argv[0])
     terminal = Terminal()
     run = Run(directory / runs.check_name(name or runs.default_name(argv, os.environ)))
     if fresh and (run.path / "lock").exists():
@@ -100,7 +108,11 @@ def command(
     run.path.mkdir(parents=True, exist_ok=True)
     lock = runs.lock(run, grace_s=policy.grace_s, say=terminal.say)
     now = runs.describe_job(run.path.name, argv, Path.cwd(), os.environ, __version__)
+    now = msgspec.structs.replace(now, fixed_addresses=fixed_addresses)
     _record(run, now, accept_changes=accept_changes)
+    job = run.job()
+    if job is not None and job.fixed_addresses:
+        _fix_addresses()
     if _finished(run):
         terminal.say(f"the run {run.path.name!r} has finished; start over with --fresh")
         return 0
@@ -115,14 +127,31 @@ def _record(run: Run, now: JobFile, *, accept_changes: bool) -> None:
         return
     if not accept_changes:
         runs.check_unchanged(before, now)
-    run.write(msgspec.structs.replace(before, argv=now.argv, cwd=now.cwd))
+    fixed = before.fixed_addresses or now.fixed_addresses
+    run.write(msgspec.structs.replace(before, argv=now.argv, cwd=now.cwd, fixed_addresses=fixed))
+
+
+def _fix_addresses() -> None:
+    try:
+        children.fix_addresses()
+    except OSError as error:
+        raise UsageError(
+            f"--fixed-addresses: {error.strerror}. This system does not let a process choose it "
+            "(containers need `--security-opt seccomp=unconfined`). Start without it, and sort "
+            "what is iterated over"
+        ) from error
 
 
 def _finished(run: Run) -> bool:
     return any(event["event"] == "finished" for event in journal.read(run.journal))
 
 
-def _check_command(word: str) -> None:
+def check_command(word: str) -> None:
+    """Refuse a command that can't be started.
+
+    Raises:
+        UsageError: it is in no directory of PATH, or not executable.
+    """
     if shutil.which(word) is None:
         raise UsageError(
             f"command not found or not executable: {word!r} (looked in PATH and in {Path.cwd()})"

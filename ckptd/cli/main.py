@@ -18,6 +18,7 @@ _COMMANDS: Final = {
     "logs": "A run's output over all attempts.",
     "checkpoint": "Have a running job make a checkpoint now.",
     "stop": "Have a running job save itself and leave.",
+    "drill": "Interrupt a script on purpose and prove, bit for bit, that it makes no difference.",
     "ls": "Runs, or the checkpoints of one.",
     "show": "What a checkpoint holds.",
     "verify": "Read a checkpoint to the last bit and compare it with its sums.",

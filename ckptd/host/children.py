@@ -22,6 +22,8 @@ from typing import Final
 import psutil
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_ADDR_NO_RANDOMIZE: Final = 0x0040000
+_ASK_PERSONALITY: Final = 0xFFFFFFFF
 
 # Fields of /proc/PID/stat, counted from the one after the name.
 _STAT_STATE: Final = 0
@@ -38,6 +40,19 @@ def become_subreaper() -> None:
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def fix_addresses() -> None:
+    """Have everything that this process starts from now on use the same memory addresses each time.
+
+    Raises:
+        OSError: the kernel refused (containers often forbid it).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    now = libc.personality(_ASK_PERSONALITY)
+    if now < 0 or libc.personality(now | _ADDR_NO_RANDOMIZE) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), "personality(ADDR_NO_RANDOMIZE)")
 
 
 class Child:

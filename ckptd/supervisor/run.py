@@ -48,7 +48,8 @@ class JobFile(msgspec.Struct, frozen=True):
     Attributes:
         hash_seed: PYTHONHASHSEED of every attempt.
         environment: variables that decide about bits, as they were at the first launch; None:
-        unset. cpus: usable processors at the first launch. facts: what the first attempt's worker
+        unset. cpus: usable processors at the first launch. fixed_addresses: whether memory
+        addresses are the same in every attempt. facts: what the first attempt's worker
         said of itself (`Hello.environment`); None: none yet.
     """
 
@@ -59,6 +60,7 @@ class JobFile(msgspec.Struct, frozen=True):
     environment: dict[str, str | None]
     cpus: int
     ckptd: str
+    fixed_addresses: bool = False
     facts: dict[str, str] | None = None
 
 

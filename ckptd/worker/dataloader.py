@@ -134,6 +134,15 @@ class LoaderFeed(Feed):
             "dataset": loader.dataset,
         }
 
+    def worker_streams(self) -> dict[str, Any]:
+        """Each worker's random states as of its last consumed batch, by a name for people."""
+        found: dict[str, Any] = {}
+        for worker, states in sorted(self._shared.states.items()):
+            for name, state in zip(("`random`", "numpy", "torch"), states.packed, strict=True):
+                found[f"worker {worker}'s {name} stream"] = state
+            found |= {f"worker {worker}'s `{k}`": v for k, v in states.hidden.items()}
+        return found
+
     def _consume(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Unwrap what the workers sent; keep their states as of what was consumed."""
         states = self._shared.states

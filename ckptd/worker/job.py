@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Literal, TypeVar
 
-from ckptd import wire
+from ckptd import record, wire
 from ckptd.errors import (
     CannotCarryError,
     CkptdError,
@@ -28,7 +28,7 @@ from ckptd.errors import (
 from ckptd.host import memory
 from ckptd.host.disk import RealDisk
 from ckptd.store import store
-from ckptd.worker import environment, rng, snapshot, tree
+from ckptd.worker import callsite, environment, rng, snapshot, tree
 from ckptd.worker.link import Link
 from ckptd.worker.loops import Loops
 from ckptd.worker.moments import Moment, StreamPosition
@@ -200,10 +200,11 @@ class LaunchedJob(Job):
         self._values: dict[str, Any] = {}
         self._values_due_s = 0.0
         self._reader: Reader | None = None
-        self._loops = Loops(self)
+        self._loops = self.make_loops()
         self._began_s = time.monotonic()
         self._pid = os.getpid()
         self._leaving = False
+        self._said_once: set[str] = set()
         for text in environment.differences(welcome.environment, facts):
             self.say(text)
         with self._refusals():
@@ -270,6 +271,10 @@ class LaunchedJob(Job):
 
     # -------------------------------------------------------------- what the loops call
 
+    def make_loops(self) -> Loops:
+        """The job's loops; a drilled job has its own kind."""
+        return Loops(self)
+
     @property
     def resumed(self) -> bool:  # type: ignore[override]
         return self._link.welcome.checkpoint is not None
@@ -302,6 +307,12 @@ class LaunchedJob(Job):
     def say(self, text: str) -> None:
         if not self._link.send(wire.Said(text)):
             print(f"ckptd: {text}", file=sys.stderr)  # nobody else is there to say it
+
+    def say_once(self, text: str) -> None:
+        """The same, but never twice."""
+        if text not in self._said_once:
+            self._said_once.add(text)
+            self.say(text)
 
     def send_snapshot(self, *, keep: bool) -> int:
         captured = self._capture()
@@ -530,6 +541,11 @@ class Loop(Iterable[Any]):
         self._numbered = numbered
 
     def __iter__(self) -> Iterator[Any]:
+        if self._numbered is None and callsite.is_call_of("enumerate"):
+            self._job.say_once(
+                f"enumerate(job.loop(…)) at {callsite.where()} counts from 0 again when the job is "
+                "resumed there: use job.enumerate(…)"
+            )
         return self._job.iterate(self._items, restart=self._restart, numbered=self._numbered)
 
     def __len__(self) -> int:
@@ -648,4 +664,9 @@ def attach(named: dict[str, Any]) -> Job:
             f"this is rank {_rank()} of {_world_size()}: ckptd carries jobs of one process. "
             "Start it with one process, or without `ckptd launch`."
         )
+    drill = os.environ.get(record.ENV_DRILL)
+    if drill is not None:
+        from ckptd.worker.drilled import DrilledJob  # only a drill pays for it
+
+        return DrilledJob(address, named, Path(drill))
     return LaunchedJob(address, named)

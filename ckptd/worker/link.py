@@ -17,6 +17,7 @@ import mmap
 import os
 import signal
 import socket
+import struct
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +78,13 @@ class Link:
     def send(self, message: wire.ToSupervisor, descriptors: Sequence[int] = ()) -> bool:
         """Send one message; False when the supervisor is gone."""
         return sockets.send(self._socket, wire.encode(message), descriptors)
+
+    def supervisor_pid(self) -> int:
+        """The process at the other end; not always our parent: a launcher may stand between."""
+        credentials = self._socket.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+        )
+        return int(struct.unpack("3i", credentials)[0])
 
     def receipt(self, generation: int) -> wire.Durable | wire.NotDurable | None:
         """Wait for what became of a snapshot; None: the supervisor died before it said."""

@@ -29,7 +29,7 @@ from typing import Any, Final, Literal, Protocol
 
 from ckptd import wire
 from ckptd.errors import CannotCarryError, LoopChangedError, ResumePointMissedError
-from ckptd.worker import dataloader, feeds, rng
+from ckptd.worker import callsite, dataloader, feeds, rng
 from ckptd.worker.feeds import Feed
 from ckptd.worker.moments import Entry, Moment, StreamPosition
 from ckptd.worker.snapshot import Reader, Writer
@@ -160,7 +160,7 @@ class Loops:
 
     def loop(self, items: Iterable[Any], *, restart: bool, numbered: int | None) -> Iterator[Any]:
         """A generator over the items; see `Job.loop` and `Job.enumerate`."""
-        where = _caller()
+        where = callsite.where()
         return self._run(items, restart=restart, numbered=numbered, where=where)
 
     def stream(self, items: Iterable[Any]) -> Stream:
@@ -284,7 +284,10 @@ class Loops:
         frame.finished = dict(saved.finished)
         if innermost and saved.phase != "item":
             self._restore_here(frame, saved)
-            return self._enter(frame, saved) if saved.phase == "entry" else None
+            if saved.phase == "entry":
+                return self._enter(frame, saved)
+            frame.done = saved.done
+            return None
         self._check_same(frame, saved)
         frame.entry, frame.done = saved.entry, saved.done
         self._reset(frame)
@@ -430,7 +433,7 @@ class Loops:
 
     def record(self, writer: Writer) -> dict[str, Json]:
         """The position, as part of `state.json`."""
-        open_frames = self._stack[1:]
+        open_frames = self.open_frames()
         return {
             "step": self.step,
             "finished": _moments(self._stack[0].finished, writer),
@@ -471,6 +474,10 @@ class Loops:
             "feed": writer.add("loops", frame.feed.position()),
             "finished": {} if innermost else _moments(frame.finished, writer),
         }
+
+    def open_frames(self) -> list[Frame]:
+        """The open loops, outermost first."""
+        return self._stack[1:]
 
     def stream_positions(self) -> dict[str, StreamPosition]:
         """Where every stream is."""
@@ -589,12 +596,3 @@ def _moments(finished: dict[int, Moment], writer: Writer) -> dict[str, Json]:
 
 def _items(length: int | None) -> str:
     return "an unknown number of items" if length is None else f"{length} items"
-
-
-def _caller() -> str:
-    """Where the script opened the loop: "train.py:31"."""
-    frame = sys._getframe()  # noqa: SLF001  # `inspect` would read source files
-    while frame.f_back is not None and "ckptd" in frame.f_globals.get("__name__", "").split("."):
-        frame = frame.f_back
-    name = frame.f_code.co_filename.rpartition("/")[2]
-    return f"{name}:{frame.f_lineno}"

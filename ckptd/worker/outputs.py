@@ -68,6 +68,10 @@ class Outputs:
                 lengths[name] = Path(name).stat().st_size
         return lengths
 
+    def names(self) -> list[str]:
+        """The files' absolute paths."""
+        return list({**self._saved, **self._files})
+
     def check(self) -> None:
         """Refuse files that lost what the checkpoint counts on.
 
