@@ -9,7 +9,7 @@ from ckptd import record
 from ckptd.errors import UsageError
 from ckptd.record import Seen, Strike
 
-#: A killed worker goes back to a checkpoint that was made this many safe points before.
+#: A worker is killed at most this many safe points after the checkpoint that it goes back to.
 _REDONE_MAX = 3
 
 
@@ -17,6 +17,9 @@ def choose(
     seen: Sequence[Seen], *, count: int, kinds: Sequence[str], seed: int, steps: Sequence[int]
 ) -> list[Strike]:
     """The strikes, in the order in which the script will come by them.
+
+    A moment is where the job is resumed. So a kill is two strikes: at the moment a checkpoint, and
+    the kill some safe points later.
 
     The first is within a loop, the second at the end of an inner one (what only exists within that
     loop is missed there), the third within a loop, the fourth anywhere, and so on.
@@ -39,23 +42,23 @@ def choose(
         )
     chosen = _at_steps(seen, points, steps) if steps else _at_random(seen, points, count, seed)
     strikes: list[Strike] = []
-    before = -1
     for number, index in enumerate(chosen):
         how = kinds[number % len(kinds)]
+        killed = None
         if how == record.KILL:
-            strikes += _checkpoint_before(seen, [i for i in points if before < i < index], index)
-        strikes.append(_strike(seen[index], how))
-        before = index
+            until = chosen[number + 1] if number + 1 < len(chosen) else len(seen)
+            killed = _killed_at(seen, [i for i in points if index < i < until], index)
+        if killed is not None:
+            strikes.append(_strike(seen[index], record.CHECKPOINT))
+        strikes.append(_strike(seen[index if killed is None else killed], how))
     return strikes
 
 
-def _checkpoint_before(seen: Sequence[Seen], since: list[int], index: int) -> list[Strike]:
-    """What a killed worker goes back to: a few steps before, so that something is done again."""
+def _killed_at(seen: Sequence[Seen], after: list[int], index: int) -> int | None:
+    """Where to kill a worker so that it resumes at `index` and does some steps again."""
     step = seen[index].mark.step
-    earlier = [i for i in since if seen[i].mark.step < step] or since
-    if not earlier:
-        return []  # it goes back to where the interruption before was
-    return [_strike(seen[earlier[-min(_REDONE_MAX, len(earlier))]], record.CHECKPOINT)]
+    later = [i for i in after if seen[i].mark.step > step] or after
+    return later[min(_REDONE_MAX, len(later)) - 1] if later else None
 
 
 def _at_steps(seen: Sequence[Seen], points: list[int], steps: Sequence[int]) -> list[int]:

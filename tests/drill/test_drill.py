@@ -60,7 +60,8 @@ def drill(
 @pytest.mark.parametrize("script", sorted(path.stem for path in EXAMPLES.glob("broken/*.py")))
 def test_broken(workshop: Workshop, place: Path, script: str) -> None:
     """Of each broken example the drill says that it is, and names the culprit."""
-    done, report = drill(workshop, place, sys.executable, str(EXAMPLES / "broken" / f"{script}.py"))
+    argv = sys.executable, str(EXAMPLES / "broken" / f"{script}.py")
+    done, report = drill(workshop, place, *argv, options=("--interrupts", "2"))
     assert done.returncode == 1, done.stdout + done.stderr
     assert not report["equal"]
     findings = "\n".join(report["findings"])
