@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import base64
 import random
-from array import array
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import torch
 
 from ckptd.errors import CannotCarryError, MismatchError
+from ckptd.worker import peek
 
 Json = Any
 
@@ -193,23 +194,18 @@ Packed = tuple[bytes, bytes, bytes]
 
 
 class Packer:
-    """The global states of a loader worker, packed with each batch; only what changed is sent.
-
-    Reading three Mersenne twisters costs some 20 µs; pickling them naively cost forty times that.
-    """
+    """The global states of a loader worker, packed with each batch; only what changed is sent."""
 
     def __init__(self) -> None:
+        self._readers: tuple[Callable[[], bytes], Callable[[], bytes]] | None = None
         self._last: list[bytes | None] = [None, None, None]
-        self._last_python: object = None
-        self._python = b""
 
     def changed(self) -> tuple[bytes | None, bytes | None, bytes | None]:
         """Each state that differs from the last call's; None where nothing changed."""
-        python = random.getstate()
-        if python != self._last_python:
-            self._last_python = python
-            self._python = _pack_python(python)
-        now = (self._python, _pack_numpy(), _torch_bytes(torch.get_rng_state()))
+        if self._readers is None:  # in the worker itself, after the user's worker_init_fn
+            self._readers = peek.python_reader(), peek.numpy_reader()
+        python, numpy = self._readers
+        now = (python(), numpy(), _torch_bytes(torch.get_rng_state()))
         sent = tuple(b if b != old else None for b, old in zip(now, self._last, strict=True))
         self._last = list(now)
         return sent  # type: ignore[return-value]
@@ -218,41 +214,9 @@ class Packer:
 def restore_packed(packed: Packed) -> None:
     """Set this process's global generators to what `Packer` packed."""
     python, numpy, torch_ = packed
-    random.setstate(_unpack_python(python))
-    np.random.set_state(_unpack_numpy(numpy))  # the global stream
+    random.setstate(peek.unpack_python(python))
+    np.random.set_state(peek.unpack_numpy(numpy))  # the global stream
     torch.set_rng_state(_torch_state(torch_))
-
-
-def _pack_python(state: Any) -> bytes:
-    version, words, gauss = state
-    return array("I", [version, *words]).tobytes() + _pack_float(gauss)
-
-
-def _unpack_python(packed: bytes) -> Any:
-    words = array("I", packed[: 626 * 4]).tolist()
-    return (words[0], tuple(words[1:]), _unpack_float(packed[626 * 4 :]))
-
-
-def _pack_numpy() -> bytes:
-    state: Any = np.random.get_state()  # the global stream
-    _, key, position, has_gauss, gauss = state
-    numbers = array("q", [position, has_gauss]).tobytes()
-    return bytes(key.tobytes()) + numbers + array("d", [gauss]).tobytes()
-
-
-def _unpack_numpy(packed: bytes) -> Any:
-    key = np.frombuffer(packed[:2496], dtype=np.uint32)
-    position, has_gauss = array("q", packed[2496:2512])
-    (gauss,) = array("d", packed[2512:])
-    return ("MT19937", key, position, has_gauss, gauss)
-
-
-def _pack_float(value: float | None) -> bytes:
-    return b"" if value is None else array("d", [value]).tobytes()
-
-
-def _unpack_float(packed: bytes) -> float | None:
-    return array("d", packed)[0] if packed else None
 
 
 # ------------------------------------------------------------------ bytes and JSON
@@ -277,11 +241,11 @@ def _torch_state(raw: bytes) -> torch.Tensor:
 
 
 def _python_to_json(state: Any) -> Json:
-    return to_text(_pack_python(state))
+    return to_text(peek.pack_python(state))
 
 
 def _python_from_json(text: Json) -> Any:
-    return _unpack_python(to_bytes(text))
+    return peek.unpack_python(to_bytes(text))
 
 
 def _plain(value: Any) -> Json:

@@ -1,0 +1,99 @@
+"""The quick way to a generator's state gives what the public way gives, bit for bit."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from ckptd.worker import peek, rng
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """Leaves the process's own generators as they were."""
+    states = rng.capture_global()
+    yield
+    rng.restore_global(states)
+
+
+def test_the_quick_way_works_here() -> None:
+    """On this Python and numpy the quick way is taken."""
+    assert peek._python_offset() is not None
+    assert peek._numpy_offset() is not None
+
+
+def test_equal_over_mixed_draws() -> None:
+    """After every one of thousands of draws of all kinds, seeds and restored states."""
+    choose = random.Random(3)
+    python, numpy = peek.python_reader(), peek.numpy_reader()
+    saved = random.getstate(), np.random.get_state()
+    draws = [
+        random.random,
+        lambda: random.gauss(0, 1),
+        lambda: random.getrandbits(77),
+        lambda: random.shuffle(list(range(40))),
+        lambda: random.seed(choose.randrange(100)),
+        lambda: random.setstate(saved[0]),
+        np.random.rand,
+        np.random.randn,
+        lambda: np.random.randn(311),
+        lambda: np.random.permutation(50),
+        lambda: np.random.seed(choose.randrange(100)),
+        lambda: np.random.set_state(saved[1]),
+    ]
+    cached = {"python": set(), "numpy": set()}
+    for _ in range(4000):
+        choose.choice(draws)()
+        assert python() == peek.pack_python(random.getstate())
+        assert numpy() == peek.pack_numpy(np.random.get_state())
+        cached["python"].add(random.getstate()[2] is None)
+        cached["numpy"].add(np.random.get_state()[3])
+    assert cached == {"python": {True, False}, "numpy": {0, 1}}
+
+
+def draw() -> list:
+    return [random.gauss(0, 1), np.random.randn(), torch.rand(3).tolist(), random.random()]
+
+
+def test_packed_and_restored() -> None:
+    """What a worker packs brings every generator back, also the cached second normal value."""
+    packer = rng.Packer()
+    random.gauss(0, 1)
+    np.random.randn()
+    packed = packer.changed()
+    assert None not in packed
+    expected = [random.gauss(0, 1), np.random.randn(), torch.rand(3).tolist(), random.random()]
+    rng.restore_packed(packed)
+    assert [
+        random.gauss(0, 1),
+        np.random.randn(),
+        torch.rand(3).tolist(),
+        random.random(),
+    ] == expected
+
+
+def test_only_what_changed() -> None:
+    """A stream that nobody drew from is not sent again; one normal value from the cache counts."""
+    packer = rng.Packer()
+    np.random.randn()
+    packer.changed()
+    assert packer.changed() == (None, None, None)
+    np.random.randn()
+    python, numpy, torch_ = packer.changed()
+    assert (python, torch_) == (None, None)
+    assert numpy is not None
+
+
+def test_another_bit_generator() -> None:
+    """Where the global numpy stream is of another kind, the public way is taken."""
+    instance = np.random.mtrand._rand
+    assert type(instance._bit_generator) is np.random.MT19937
+    offset = peek._numpy_offset
+    peek._numpy_offset = lambda: None
+    try:
+        assert peek.numpy_reader()() == peek.pack_numpy(np.random.get_state())
+    finally:
+        peek._numpy_offset = offset
