@@ -58,8 +58,8 @@ class Mark(msgspec.Struct, frozen=True):
         place: for people: "train.py:31, item 12 of 100".
         first: whether it is the first one of its process.
         strikable: whether a request would be answered here.
-        changed: component ("object:`model`", "vars:…", "stream:…", "loader:…") -> digest, of those
-            that changed since the process's mark before.
+        changed: component ("object:`model`", "vars:…", "stream:…", "loader:…", "settings:…") ->
+            digest, of those that changed since the process's mark before.
         items: loop -> digest of the item that it handed out since the mark before.
         logged: name -> digest of the values that were logged since the mark before.
         variables: the script's own variables that it may still read -> digest; those that changed.

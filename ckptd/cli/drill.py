@@ -139,6 +139,7 @@ def _rows(verdict: Verdict) -> Iterator[tuple[str, str]]:
             together.setdefault(kind, []).append(text)
     labels = {
         "vars": "values in job.vars",
+        "settings": "settings of torch",
         "stream": "random streams",
         "loader": "random streams of loaders, samplers and their workers",
         "items": "loops' items (batches)",

@@ -15,7 +15,7 @@ ADDRESSES: Final = (
     "`ckptd launch --fixed-addresses`"
 )
 #: Causes before effects: what is drawn, what is handed out, then what is made of it.
-_ORDER: Final = ("loader", "stream", "items", "vars", "logged", "object")
+_ORDER: Final = ("settings", "loader", "stream", "items", "vars", "logged", "object")
 _NAMES_MAX: Final = 4
 
 

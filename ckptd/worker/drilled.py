@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from ckptd import record, wire
 from ckptd.errors import CkptdError
-from ckptd.worker import callsite, dataloader, rng, variables
+from ckptd.worker import callsite, dataloader, rng, settings, variables
 from ckptd.worker.digests import digest, digest_parts
 from ckptd.worker.job import Job, LaunchedJob, Loop, Vars
 from ckptd.worker.loops import Frame, Loops
@@ -172,6 +172,8 @@ class DrilledJob(LaunchedJob):
                 found[f"object:`{name}`{beside}"] = text
         for name, value in self.vars.__dict__.items():
             found[f"vars:`job.vars.{name}`"] = digest(value)
+        for name, value in settings.capture().items():
+            found[f"settings:torch's {name}"] = digest(value)
         for name, state in rng.capture_global().items():
             found[f"stream:{_STREAM_NAMES.get(name, name)} stream"] = digest(state)
         for frame in self._loops.open_frames():

@@ -28,7 +28,7 @@ from ckptd.errors import (
 from ckptd.host import memory
 from ckptd.host.disk import RealDisk
 from ckptd.store import store
-from ckptd.worker import callsite, environment, rng, snapshot, tree
+from ckptd.worker import callsite, environment, rng, settings, snapshot, tree
 from ckptd.worker.link import Link
 from ckptd.worker.loops import Loops
 from ckptd.worker.moments import Moment, StreamPosition
@@ -380,6 +380,7 @@ class LaunchedJob(Job):
                 for key, position in self._loops.stream_positions().items()
             },
             "generators": rng.capture_global(),
+            "settings": settings.capture(),
             "outputs": lengths,
             "values": _shown(self._values),
         }
@@ -466,6 +467,7 @@ class LaunchedJob(Job):
             }
         )
         self._keep_unclaimed(carriers)
+        settings.restore(document["settings"])
         rng.restore_global(document["generators"])
         self._reader.close()
         self._reader = None

@@ -25,6 +25,7 @@ import types
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Final, cast
 
 import numpy as np
@@ -51,6 +52,9 @@ _CODE: Final = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
     *(types.ModuleType, type, staticmethod, classmethod, property),
 )
+
+
+_MODULE_OWN: Final = frozenset(vars(torch.nn.Module()))
 
 
 class Saved:
@@ -190,11 +194,23 @@ class ModuleCarrier(Carrier):
     """A module: its state_dict under its own keys; beside it what a state_dict leaves out.
 
     Left out by `state_dict` and carried here: non-persistent buffers, gradients that are alive,
-    train/eval flags and `requires_grad`.
+    train/eval flags, `requires_grad`, how a tensor lies in memory (another order of its dimensions
+    is another order of additions), and plain attributes of all submodules (counters, hidden
+    states, a dropout's rate). Of the attributes those are carried that a checkpoint can hold and
+    that are not what they were when the module was tracked: in a resumed process they are that
+    again.
     """
 
     kind = "module"
     target: torch.nn.Module
+
+    def __init__(self, name: str, target: Any) -> None:
+        super().__init__(name, target)
+        self._at_first = {
+            key: tree.freeze(value, key).tree
+            for key, value in self._attributes().items()
+            if not _holds_tensors(value)
+        }
 
     @property
     def module(self) -> torch.nn.Module:
@@ -221,16 +237,23 @@ class ModuleCarrier(Carrier):
             "flags": self._flags(),
             "extra": extra,
             "buffers": self._hidden_buffers(),
+            "strides": {key: _strides(t) for key, t in weights if not t.is_contiguous()},
             "grads": {
                 _canonical(name): parameter.grad
                 for name, parameter in self.module.named_parameters()
                 if parameter.grad is not None
             },
         }
-        return {"": own, "beside": tree.freeze(beside, self.name)}
+        return {
+            "": own,
+            "beside": tree.freeze(beside, self.name),
+            "attributes": tree.freeze(self._changed_attributes(), self.name),
+        }
 
     def plain(self, naming: Naming) -> Frozen:  # noqa: ARG002
-        return tree.freeze(self._flags(), self.name)
+        attributes = self._changed_attributes()
+        loose = {key: value for key, value in attributes.items() if not _holds_tensors(value)}
+        return tree.freeze({"flags": self._flags(), "attributes": loose}, self.name)
 
     def check(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
         self.check_kind(saved)
@@ -278,10 +301,14 @@ class ModuleCarrier(Carrier):
         self._restore_hidden_buffers(beside["buffers"])
         for name, parameter in self.module.named_parameters():
             parameter.grad = beside["grads"].get(_canonical(name))
+        self._restore_strides(beside["strides"])
         self._restore_flags(beside["flags"])
+        self._restore_attributes(saved.trees["attributes"], saved.thawer("attributes", self.name))
 
     def restore_plain(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
-        self._restore_flags(saved.thaw(saved.trees[""], name=self.name))
+        thawer, parts = saved.thawer(name=self.name), dict(_pairs(saved.trees[""]))
+        self._restore_flags(thawer.thaw(parts["flags"]))
+        self._restore_attributes(parts["attributes"], thawer)
 
     def _flags(self) -> dict[str, Any]:
         training = {_canonical(name): m.training for name, m in self.module.named_modules()}
@@ -295,6 +322,66 @@ class ModuleCarrier(Carrier):
         usual, others = flags["requires_grad"]
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(usual if _canonical(name) not in others else not usual)
+
+    def _restore_strides(self, strides: dict[str, list[int] | None]) -> None:
+        for key, tensor in self.module.state_dict(keep_vars=True).items():
+            if not _is_weight(tensor) or _strides(tensor) is None:
+                continue
+            wanted = strides.get(_canonical(key), _contiguous_strides(tensor.shape))
+            if wanted is not None and list(tensor.stride()) != wanted and tensor.numel():
+                laid = torch.empty_strided(
+                    tensor.shape, wanted, dtype=tensor.dtype, device=tensor.device
+                )
+                tree.copy_bits(laid, tensor)
+                tensor.data = laid
+
+    def _attributes(self) -> dict[str, Any]:
+        """Plain attributes by "submodule.attribute"; what a checkpoint can't hold is left out."""
+        found: dict[str, Any] = {}
+        for path, module in self.module.named_modules():
+            for name, value in vars(module).items():
+                if name not in _MODULE_OWN and not isinstance(value, (*_CODE, torch.nn.Module)):
+                    with suppress(CannotCarryError):
+                        tree.freeze(value, name)
+                        found[f"{_canonical(path)}.{name}"] = value
+        return found
+
+    def _changed_attributes(self) -> dict[str, Any]:
+        """Those that are not what they were when the module was tracked, and all with tensors."""
+        own = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in (*self.module.parameters(), *self.module.buffers())
+            if _is_weight(tensor) and not torch.nn.parameter.is_lazy(tensor)
+        }
+        changed = {}
+        for key, value in self._attributes().items():
+            frozen = tree.freeze(value, key)
+            # A view of a parameter or a buffer comes back with it.
+            is_view = any(
+                tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in own
+                for _, tensor in frozen.tensors
+            )
+            if not is_view and (frozen.tensors or frozen.tree != self._at_first.get(key)):
+                changed[key] = value
+        return changed
+
+    def _restore_attributes(self, frozen: Json, thawer: tree.Thawer) -> None:
+        modules = {_canonical(path): module for path, module in self.module.named_modules()}
+        held = dict(_pairs(frozen))
+        for key, entry in held.items():
+            path, _, name = key.rpartition(".")
+            old = vars(modules[path]).get(name)
+            value = thawer.thaw(entry, old)
+            if value is not old:
+                setattr(modules[path], name, value)
+        for key, first in self._at_first.items():
+            path, _, name = key.rpartition(".")
+            # What is not held was what it had been at first.
+            old = vars(modules[path]).get(name)
+            if key not in held and (_holds_tensors(old) or tree.freeze(old, key).tree != first):
+                value = tree.thaw(first, _no_tensor, old, self.name)
+                if value is not old:
+                    setattr(modules[path], name, value)
 
     def _hidden_buffers(self) -> dict[str, torch.Tensor]:
         kept = self.module.state_dict().keys()
@@ -348,6 +435,8 @@ class OptimizerCarrier(Carrier):
             "groups": self._groups(naming),
             "state": {name: dict(value) for name, value in state.items()},
             "loose": loose,
+            # Of no tracked object: nobody else would carry their values.
+            "parameters": {names[id(p)]: p.detach() for p in self._all() if id(p) not in naming},
         }
         return {"": tree.freeze(whole, self.name)}
 
@@ -386,11 +475,16 @@ class OptimizerCarrier(Carrier):
         state: dict[Any, Any] = self.target.state
         for key, entry in _pairs(held["loose"]):
             state[key] = thawer.thaw(entry, old.get(key))
+        for name, entry in _pairs(held["parameters"]):
+            thawer.thaw(entry, known[name].detach())
 
     def restore_plain(self, saved: Saved, naming: Naming) -> None:
         self._check_names(saved, naming)
         held = dict(_pairs(saved.trees[""]))
         self._restore_groups(held["groups"], self._parameters(naming), saved.thawer(name=self.name))
+
+    def _all(self) -> list[torch.Tensor]:
+        return [p for group in self.target.param_groups for p in group["params"]]
 
     def _names(self, naming: Naming) -> dict[int, str]:
         """Public names; a parameter of no tracked module is known by its place ("0.3")."""
@@ -559,18 +653,51 @@ class ObjectCarrier(Carrier):
 
 
 class ParameterNames(dict[int, str]):
-    """`id(parameter)` -> public name, over all tracked modules; `parameters` is the way back."""
+    """`id(parameter)` -> public name, over all that is tracked; `parameters` is the way back."""
 
     def __init__(self, carriers: Iterable[Carrier]) -> None:
         super().__init__()
         self.parameters: dict[str, torch.Tensor] = {}
         for carrier in carriers:
-            if isinstance(carrier, ModuleCarrier):
+            if isinstance(carrier.target, torch.Tensor):
+                self[id(carrier.target)] = carrier.name
+                self.parameters[carrier.name] = carrier.target
+            elif isinstance(carrier, ModuleCarrier):
                 for name, parameter in carrier.module.named_parameters():
                     public = f"{carrier.name}.{_canonical(name)}"
                     if id(parameter) not in self:
                         self[id(parameter)] = public
                     self.parameters[public] = parameter
+
+
+def _strides(tensor: torch.Tensor) -> list[int] | None:
+    """A tensor's strides in elements; None where it does not fill its memory, or overlaps."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return None
+            expected *= size
+    return list(tensor.stride())
+
+
+def _contiguous_strides(shape: torch.Size) -> list[int]:
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 2, -1, -1):
+        strides[i] = strides[i + 1] * max(1, shape[i + 1])
+    return strides
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value has tensors or arrays in it, or can't be held at all."""
+    try:
+        return bool(tree.freeze(value, "").tensors)
+    except CannotCarryError:
+        return True
+
+
+def _no_tensor(number: int) -> torch.Tensor:
+    raise AssertionError(f"tensor {number} of a value that was seen to hold none")
 
 
 def _is_weight(value: Any) -> bool:
