@@ -151,6 +151,7 @@ class Loops:
         self.step = 0
         self.plan: list[SavedLoop] = []
         self._streams: dict[str, Stream] = {}
+        self._saved_streams: dict[str, StreamPosition] = {}  # of streams that are made later
         self._loaders: dict[str, dataloader.LoaderFeed] = {}
         self._made_anew: set[str] = set()
         self._restored: dict[int, object] = {}
@@ -175,6 +176,7 @@ class Loops:
                 del self._streams[stale]
             key = f"{place}/0"
         self._streams[key] = stream = Stream(self._feed(items), self._item())
+        stream.adopt(self._saved_streams.pop(key, None), self._restored)
         return stream
 
     # -------------------------------------------------------------- one loop
@@ -308,6 +310,7 @@ class Loops:
         self._host.restore_everything()
         frame.feed.set_hidden(saved.hidden)
         known = [*self._host.targets(), *frame.feed.generators()]
+        known += [one for stream in self._streams.values() for one in stream.generators()]
         self._restored.update((id(target), target) for target in known)
         self.plan = []
 
@@ -428,6 +431,7 @@ class Loops:
         """Put every stream to its position; one that has none starts over."""
         for key, stream in self._streams.items():
             stream.put_back(positions.get(key))
+        self._saved_streams = {k: p for k, p in positions.items() if k not in self._streams}
 
     # -------------------------------------------------------------- recording the position
 
@@ -481,7 +485,8 @@ class Loops:
 
     def stream_positions(self) -> dict[str, StreamPosition]:
         """Where every stream is."""
-        return {key: stream.position() for key, stream in self._streams.items()}
+        live = {key: stream.position() for key, stream in self._streams.items()}
+        return {**self._saved_streams, **live}
 
     # -------------------------------------------------------------- safe points
 
@@ -566,24 +571,38 @@ class Stream:
         return StreamPosition(self._done, self._begun, feed.position(), feed.hidden())
 
     def put_back(self, position: StreamPosition | None) -> None:
-        """Go back to a position at the next item; None: start over."""
+        """Go back to a position at the next item; None: start over.
+
+        Its generators are set at once: others may draw from them before the next item is taken.
+        """
         self._iterator, self._begun, self._done = None, None, 0
         self._back = position
+        if position is not None:
+            self._feed.set_hidden(position.hidden)
+
+    def adopt(self, position: StreamPosition | None, restored: dict[int, object]) -> None:
+        """Take over the generators of the stream that was here before the interruption."""
+        if position is not None:
+            self._feed.adopt_hidden(position.hidden, restored)
+
+    def generators(self) -> list[Any]:
+        """The random generators that belong to what it iterates over."""
+        return self._feed.generators()
 
     def _go_back(self, position: StreamPosition) -> None:
-        """Begin again as it was begun, drop what was taken; the process's generators are kept."""
+        """Begin again as it was begun, and drop what was taken; all generators stay as they are."""
         self._back = None
         self._begun = position.begun
         begun = position.begun
         if begun is not None:
-            now = rng.capture_global()
+            now, hidden = rng.capture_global(), self._feed.hidden()
             begun.apply(self._feed)
             self._iterator = self._feed.resume(
                 position.done, _thawed(position.feed), lambda: begun.apply(self._feed)
             )
             self._done = position.done
             rng.restore_global(now)
-        self._feed.set_hidden(position.hidden)
+            self._feed.set_hidden(hidden)
 
 
 def _thawed(frozen: Frozen) -> Any:
