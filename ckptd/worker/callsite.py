@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -45,11 +46,14 @@ def where() -> str:
 def is_call_of(name: str) -> bool:
     """Whether the expression that the user's code is evaluating is `name(…)`."""
     frame = next(frames(), None)
-    if frame is None:
-        return False
-    positions = islice(frame.f_code.co_positions(), frame.f_lasti // 2, None)
+    return frame is not None and _text_at(frame.f_code, frame.f_lasti).startswith(f"{name}(")
+
+
+@cache
+def _text_at(code: types.CodeType, offset: int) -> str:
+    """The rest of the source line from where the instruction's expression begins."""
+    positions = islice(code.co_positions(), offset // 2, None)
     line, _, column, _ = next(positions, (None, None, None, None))
     if line is None or column is None:
-        return False
-    text = linecache.getline(frame.f_code.co_filename, line).encode()[column:]
-    return text.startswith(f"{name}(".encode())
+        return ""
+    return linecache.getline(code.co_filename, line).encode()[column:].decode(errors="replace")

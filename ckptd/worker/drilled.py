@@ -143,6 +143,7 @@ class DrilledJob(LaunchedJob):
         components = self._digest_components()
         found = {} if key == record.END else self._digest_variables()
         values = {name: one[0] for name, one in found.items()}
+        changed = _changed(self._variables, values)
         mark = record.Mark(
             key=key,
             step=self._loops.step,
@@ -152,9 +153,9 @@ class DrilledJob(LaunchedJob):
             changed=_changed(self._components, components),
             items=self._items,
             logged={name: digest([_number(v) for v in vs]) for name, vs in self._logged.items()},
-            variables=_changed(self._variables, values),
+            variables=changed,
             gone=[name for name in self._variables if name not in values],
-            kinds={name: kind for name, (_, kind) in found.items() if kind},
+            kinds={name: found[name][1] for name in changed if found[name][1]},
             said=self._said,
             outputs=self._outputs.names() if key == record.END else [],
         )
