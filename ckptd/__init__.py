@@ -34,7 +34,7 @@ from ckptd import errors
 if TYPE_CHECKING:
     from ckptd.worker.job import Job
 
-__all__ = ["attach", "errors", "seed_everything"]
+__all__ = ["attach", "errors", "seed_everything", "track"]
 __version__ = "0.1.0"
 
 
@@ -58,6 +58,25 @@ def attach(**named: Any) -> Job:
     from ckptd.worker import job  # imports torch, which the command line must not
 
     return job.attach(named)
+
+
+def track(**named: Any) -> None:
+    """Carry random generators, in this process and in the workers of its DataLoaders.
+
+    Call it where they are made, at the level of the module: then it is also called in workers that
+    import the module anew (multiprocessing's "spawn" and "forkserver").
+
+    Args:
+        **named: random generators (`random.Random`, numpy's, `torch.Generator`). Those that lie on
+            a dataset, or are globals of the dataset's module, are found without it. Other objects
+            are given to `attach`, or to `job.track`.
+
+    Raises:
+        ckptd.errors.CannotCarryError: an object is no random generator.
+    """
+    from ckptd.worker import job
+
+    job.track_generators(named)
 
 
 def seed_everything(seed: int, *, deterministic: bool = True) -> None:

@@ -35,6 +35,12 @@ def is_users(file: str) -> bool:
     return not file.startswith(("<", *_FOREIGN))
 
 
+def is_users_module(name: str) -> bool:
+    """Whether a module that was imported is the user's own code."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return file is not None and is_users(str(Path(file).absolute()))
+
+
 def where() -> str:
     """The line outside ckptd that called: "train.py:31"."""
     frame = sys._getframe()  # noqa: SLF001  # `inspect` would read source files

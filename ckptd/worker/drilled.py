@@ -248,6 +248,9 @@ class _Walk:
 
     def take(self, name: str, where: str, value: Any, depth: int = 0) -> None:
         """Digest one variable."""
+        if isinstance(value, type) and callsite.is_users_module(value.__module__):
+            for key, attribute in vars(value).items():  # what all objects of the class share
+                self.take(f"{name}.{key}", where, attribute, depth + 1)
         if id(value) in self._passed or isinstance(value, _PASSED_OVER) or name.startswith("__"):
             return
         shown = f"`{name}`{where}"

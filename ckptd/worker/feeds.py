@@ -13,9 +13,13 @@ A `Feed` makes an iterator that draws exactly what the plain script's iterator w
 
 from __future__ import annotations
 
+import functools
 import random
+import time
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,7 @@ import torch
 
 from ckptd.errors import LoopChangedError
 from ckptd.worker import rng, tree
+from ckptd.worker.tape import Tape
 from ckptd.worker.tree import Frozen, Json
 
 #: Roots whose plain attributes count too: a sampler may number its own epochs.
@@ -30,6 +35,10 @@ _SAMPLERS = {"sampler", "batch_sampler"}
 
 #: Replaying fewer items than this is not worth a line of output.
 _REPLAY_SAID_FROM = 1000
+_PROGRESS_EVERY_S = 5.0
+
+#: What is kept of the random streams of one replayed loop: some 25,000 heavily drawing items.
+TAPE_BYTES_MAX = 64 << 20
 
 
 class Feed(ABC):
@@ -142,38 +151,98 @@ class StatefulFeed(Feed):
 
 
 class ReplayFeed(Feed):
-    """Any iterable: begun anew from the generators at the loop's entry, k items dropped."""
+    """Any iterable: begun anew from the generators at the loop's entry, k items dropped.
+
+    Each dropped item finds the process's random streams as it found them the first time (`tape`).
+    """
 
     kind = "replay"
 
     def __init__(self, items: Iterable[Any], say: Callable[[str], None]) -> None:
         self._items = items
         self._say = say
+        self._tape = Tape(TAPE_BYTES_MAX, say)
         self.length = length_of(items)
 
     def fresh(self) -> Iterator[Any]:
-        return iter(self._items)
+        self._tape = Tape(TAPE_BYTES_MAX, self._say)
+        return self._tape.record(iter(self._items))
 
     def resume(self, done: int, position: Any, reset: Callable[[], None]) -> Iterator[Any]:  # noqa: ARG002
-        if done >= _REPLAY_SAID_FROM:
-            self._say(
-                f"a {type(self._items).__name__} has no position to go back to: "
-                f"its first {done} items are made again and dropped. Give it `state_dict` and "
-                "`load_state_dict`, or iterate over a sequence, to resume without replay"
-            )
+        if done == 0:
+            return self.fresh()
         iterator = iter(self._items)
+        replay_taped(self._tape, position, iterator, done, Replay(self._items, self._say))
+        return self._tape.record(iterator, done)
+
+    def position(self) -> Frozen:
+        return tree.freeze(self._tape.position(), "the replayed iterable's random streams")
+
+    def roots(self) -> dict[str, Any]:
+        return {"iterable": self._items}
+
+
+def replay_taped(
+    tape: Tape, position: dict[str, Any], iterator: Iterator[Any], done: int, replay: Replay
+) -> None:
+    """Take `done` items of an iterator, each of which finds what the tape says."""
+    replay.drop(_each_after(tape.replay(position), iterator), done)
+
+
+def _each_after(first: Iterator[None], iterator: Iterator[Any]) -> Iterator[Any]:
+    """The iterator's items, before each of which one of the first is taken."""
+    while True:
+        next(first)
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield item
+
+
+class Replay:
+    """Items made again and dropped; a long one is announced, with its cost, and shows progress."""
+
+    def __init__(self, items: object, say: Callable[[str], None]) -> None:
+        self._name = type(items).__name__
+        self._say = say
+        self._began_s = self._said_s = time.monotonic()
+
+    def drop(self, iterator: Iterator[Any], done: int) -> Iterator[Any]:
+        """The iterator after `done` items.
+
+        Raises:
+            LoopChangedError: there are fewer.
+        """
+        if done >= _REPLAY_SAID_FROM:
+            self._announce(done)
         for taken in range(done):
             try:
                 next(iterator)
             except StopIteration:
                 raise LoopChangedError(
-                    f"a {type(self._items).__name__} had at least {done} items when the job was "
-                    f"interrupted, it has {taken} now"
+                    f"a {self._name} had at least {done} items when the job was interrupted, "
+                    f"it has {taken} now"
                 ) from None
+            self._progress(taken + 1, done)
         return iterator
 
-    def roots(self) -> dict[str, Any]:
-        return {"iterable": self._items}
+    def _announce(self, done: int) -> None:
+        self._say(
+            f"a {self._name} has no position to go back to: its first {done} items are made again "
+            "and dropped. Give it `state_dict` and `load_state_dict`, or iterate over a sequence, "
+            "to resume without replay"
+        )
+
+    def _progress(self, taken: int, done: int) -> None:
+        now_s = time.monotonic()
+        if now_s - self._said_s < _PROGRESS_EVERY_S:
+            return
+        if done < _REPLAY_SAID_FROM and self._said_s == self._began_s:
+            self._announce(done)  # few, but slow
+        self._said_s = now_s
+        left_s = (now_s - self._began_s) / taken * (done - taken)
+        self._say(f"{self._name}: {taken} of {done} items made again, some {left_s:.0f} s left")
 
 
 def length_of(items: Any) -> int | None:
@@ -186,16 +255,16 @@ def length_of(items: Any) -> int | None:
 
 # ------------------------------------------------------------------ generators inside objects
 
-_DEPTH_MAX = 5
+_DEPTH_MAX = 12
 _OBJECTS_MAX = 2000
 _CHILDREN_MAX = 64
-_LEAVES = (str, bytes, int, float, complex, type(None), torch.Tensor, np.ndarray, torch.nn.Module)
+_LEAVES = (str, bytes, int, float, complex, type(None), torch.Tensor, np.ndarray)
 
 
 def find_generators(roots: dict[str, Any]) -> dict[str, Any]:
     """Random generators in the attributes of objects, by their path ("dataset.augment.rng").
 
-    The walk is bounded: attributes of attributes up to a depth of five, the first 64 items of a
+    The walk is bounded: attributes of attributes up to a depth of twelve, the first 64 items of a
     container, 2,000 objects. A path is attribute names and container keys joined with dots.
 
     Args:
@@ -216,6 +285,15 @@ def find_generators(roots: dict[str, Any]) -> dict[str, Any]:
             below += [(f"{path}.{key}", child) for key, child in _children(value)]
         level = below
     return found
+
+
+def generator_at(roots: dict[str, Any], path: str) -> Any:
+    """The generator at a path that `find_generators` gave; None where there is none any more."""
+    first, *names = path.split(".")
+    value = roots.get(first)
+    for name in names:
+        value = _child(value, name)
+    return value if rng.is_generator(value) else None
 
 
 def set_generator(roots: dict[str, Any], path: str, saved: Json) -> bool:
@@ -247,9 +325,24 @@ def _children(value: Any) -> list[tuple[str, Any]]:
         return [(str(k), v) for k, v in list(value.items())[:_CHILDREN_MAX]]
     if isinstance(value, list | tuple):
         return [(str(i), v) for i, v in enumerate(value[:_CHILDREN_MAX])]
-    if isinstance(value, type) or (callable(value) and not hasattr(value, "__dict__")):
+    if isinstance(value, type | types.ModuleType):
         return []
+    if isinstance(value, functools.partial):
+        return [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
+    if isinstance(value, types.MethodType):
+        return [("__self__", value.__self__)]
+    if isinstance(value, types.FunctionType):
+        return _closed_over(value)
     return list(getattr(value, "__dict__", {}).items())
+
+
+def _closed_over(function: types.FunctionType) -> list[tuple[str, Any]]:
+    """A function's variables of the function around it: an augmentation may be a lambda."""
+    found = []
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not set yet
+            found.append((name, cell.cell_contents))
+    return found
 
 
 def _child(value: Any, name: str) -> Any:

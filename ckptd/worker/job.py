@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import multiprocessing
 import os
 import sys
 import time
@@ -28,7 +29,7 @@ from ckptd.errors import (
 from ckptd.host import memory
 from ckptd.host.disk import RealDisk
 from ckptd.store import store
-from ckptd.worker import callsite, environment, rng, settings, snapshot, tree
+from ckptd.worker import callsite, dataloader, environment, rng, settings, snapshot, tree
 from ckptd.worker.link import Link
 from ckptd.worker.loops import Loops
 from ckptd.worker.moments import Moment, StreamPosition
@@ -234,6 +235,8 @@ class LaunchedJob(Job):
         # What can't be carried is said now and not at the first stop.
         carrier.full(self._carriers_and_names()[1])
         self._carriers[name] = carrier
+        if rng.is_generator(target):
+            dataloader.tracked[name] = target  # a loader's workers may draw from their copy of it
         if self._reader is None:
             self._claim(carrier)
             return
@@ -651,10 +654,25 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+_attached: LaunchedJob | None = None
+
+
+def track_generators(named: dict[str, Any]) -> None:
+    """See `ckptd.track`."""
+    for name, target in named.items():
+        if not rng.is_generator(target):
+            raise CannotCarryError(
+                f"`{name}` is a {type(target).__qualname__}; ckptd.track is for random generators. "
+                f"Give it to ckptd.attach({name}=…), or to job.track({name}=…)"
+            )
+    dataloader.tracked.update(named)
+    if _attached is not None and multiprocessing.parent_process() is None:
+        _attached.track(**named)
+
+
 def attach(named: dict[str, Any]) -> Job:
     """The job of this process; see `ckptd.attach`."""
-    import multiprocessing
-
+    global _attached  # noqa: PLW0603  # one process has one job
     address = os.environ.get(wire.ENV_SOCKET)
     if address is None or multiprocessing.parent_process() is not None:
         job = Job()
@@ -666,9 +684,12 @@ def attach(named: dict[str, Any]) -> Job:
             f"this is rank {_rank()} of {_world_size()}: ckptd carries jobs of one process. "
             "Start it with one process, or without `ckptd launch`."
         )
+    named = {**dataloader.tracked, **named}
     drill = os.environ.get(record.ENV_DRILL)
-    if drill is not None:
+    if drill is None:
+        _attached = LaunchedJob(address, named)
+    else:
         from ckptd.worker.drilled import DrilledJob  # only a drill pays for it
 
-        return DrilledJob(address, named, Path(drill))
-    return LaunchedJob(address, named)
+        _attached = DrilledJob(address, named, Path(drill))
+    return _attached

@@ -84,6 +84,7 @@ class Frame:
         "handed_feed",
         "nests",
         "ordinal",
+        "pending",
         "phase",
         "restart",
         "standing",
@@ -99,6 +100,7 @@ class Frame:
         self.phase = "entry"
         self.done = 0
         self.entry: Entry | None = None
+        self.pending: Frozen | None = None  # where the feed is to be put, and is not yet
         self.handed: Moment | None = None
         self.handed_feed: Frozen | None = None
         self.nests = True  # until an item without a loop in it shows otherwise
@@ -156,6 +158,7 @@ class Loops:
         self._made_anew: set[str] = set()
         self._restored: dict[int, object] = {}
         self._saved_loaders: dict[str, tuple[dict[str, Json], Frozen]] = {}
+        self._existing: dataloader.Existing | None = None  # when the resume point was reached
 
     # -------------------------------------------------------------- what the script calls
 
@@ -271,10 +274,11 @@ class Loops:
         """Begin a loop at its first item; `saved`: again, after an interruption at its entry."""
         # A loader that is seen for the first time after a resume goes on where it was left.
         position = self._adopt(self._place(), frame.feed) if saved is None else saved.feed
-        frame.entry = Entry.of(frame.feed)
+        frame.entry, frame.pending = Entry.of(frame.feed), position
         if frame.restart and not self._inside_restart(below=frame) and not self._blind():
             frame.standing = self._host.send_snapshot(keep=True)
         self._answer()
+        frame.pending = None
         if position is None:
             return frame.feed.fresh()
         return frame.feed.resume(0, _thawed(position), lambda: self._reset(frame))
@@ -312,6 +316,7 @@ class Loops:
         known = [*self._host.targets(), *frame.feed.generators()]
         known += [one for stream in self._streams.values() for one in stream.generators()]
         self._restored.update((id(target), target) for target in known)
+        self._existing = dataloader.Existing() if self._saved_loaders else None
         self.plan = []
 
     def _leave(self, frame: Frame, parent: Frame) -> None:
@@ -424,7 +429,11 @@ class Loops:
     def _adopt(self, place: str, feed: Feed) -> Frozen | None:
         """Set what belongs to a place's loader to what was saved, once; and where it was."""
         hidden, position = self._saved_loaders.pop(place, ({}, None))
-        feed.adopt_hidden(hidden, self._restored)
+        if not isinstance(feed, dataloader.LoaderFeed):
+            return None
+        feed.adopt_hidden(hidden, self._restored, self._existing)
+        if self._existing is not None and feed.loader not in self._existing:
+            return None  # made after the resume point, as it was made in each item before it
         return position
 
     def restore_streams(self, positions: dict[str, StreamPosition]) -> None:
@@ -475,7 +484,7 @@ class Loops:
             "handed": None if handed is None else handed.entry(writer),
             "handed_feed": None if handed_feed is None else writer.add("loops", handed_feed),
             "hidden": frame.feed.hidden(),
-            "feed": writer.add("loops", frame.feed.position()),
+            "feed": writer.add("loops", frame.pending or frame.feed.position()),
             "finished": {} if innermost else _moments(frame.finished, writer),
         }
 
@@ -518,7 +527,7 @@ class Loops:
         if isinstance(items, Sequence):
             return feeds.SequenceFeed(items)
         if dataloader.carries(items):
-            return dataloader.LoaderFeed(items)
+            return dataloader.LoaderFeed(items, self._host.say)
         methods = ("state_dict", "load_state_dict")
         if all(callable(getattr(items, method, None)) for method in methods):
             return feeds.StatefulFeed(items)

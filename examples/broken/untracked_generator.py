@@ -1,4 +1,4 @@
-"""The mistake: augmentation draws from a generator of its own that nobody carries.
+"""The mistake: the training step draws its noise from a generator of its own that nobody carries.
 
 Mended: `ckptd.attach(..., noise=noise)`.
 """
@@ -10,27 +10,26 @@ from torch.utils.data import DataLoader, Dataset
 
 import ckptd
 
-noise = np.random.default_rng(1)
-
 
 class Samples(Dataset):
     def __len__(self):
         return 48
 
     def __getitem__(self, index):
-        x = torch.full((8,), index / 48) + torch.from_numpy(noise.standard_normal(8)).float()
-        return x, index % 2
+        return torch.full((8,), index / 48), index % 2
 
 
 def main():
     torch.manual_seed(1)
+    noise = np.random.default_rng(1)
     model = nn.Linear(8, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = DataLoader(Samples(), batch_size=8, shuffle=True)
     job = ckptd.attach(model=model, optimizer=optimizer)
     for _epoch in job.loop(range(3)):
         for x, y in job.loop(loader):
-            loss = nn.functional.cross_entropy(model(x), y)
+            noisy = x + torch.from_numpy(noise.standard_normal(x.shape)).float()
+            loss = nn.functional.cross_entropy(model(noisy), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,7 +1,7 @@
-"""The mistake: a generator of the module's own draws inside the loader's worker processes.
+"""The mistake: a generator that a class holds draws inside the loader's worker processes.
 
-The main process never sees it move. Mended: `ckptd.track(noise=noise)` below its definition, or
-keep it on the dataset (`self.noise`), where it is found.
+The main process never sees it move. Mended: `ckptd.track(noise=Noise.generator)` below the class,
+or keep it on the dataset (`self.noise`), where it is found.
 """
 
 import numpy as np
@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import ckptd
 
-noise = np.random.default_rng(1)
+
+class Noise:
+    generator = np.random.default_rng(1)
 
 
 class Samples(Dataset):
@@ -19,7 +21,7 @@ class Samples(Dataset):
         return 48
 
     def __getitem__(self, index):
-        x = torch.full((8,), index / 48) + torch.from_numpy(noise.standard_normal(8)).float()
+        x = torch.full((8,), index / 48) + torch.from_numpy(Noise.generator.random(8)).float()
         return x, index % 2
 
 

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.real
 #: Script -> words that its report must have, the culprit's name first.
 CULPRITS = {
     "local_counter": ("`best_acc` in main() was", "is 0.0 after resuming", "job.vars.best_acc"),
-    "untracked_generator": ("`noise` (Generator)", "ckptd.attach(noise=noise)"),
-    "worker_generator": ("Not carried: `noise`", "ckptd.track"),
+    "untracked_generator": ("`noise` in main() (Generator)", "ckptd.attach(noise=noise)"),
+    "worker_generator": ("Not carried: `Noise.generator`", "ckptd.track"),
     "untracked_ema": ("`ema` in main() (AveragedModel)", "ckptd.attach(ema=ema)"),
     "second_optimizer": ("`critic_optimizer` in main() (Adam)",),
     "time_seed": ("not deterministic", "`numpy.random` stream: seeded by the time"),
@@ -68,6 +68,18 @@ def test_broken(workshop: Workshop, place: Path, script: str) -> None:
     for words in CULPRITS[script]:
         assert words in findings
     assert "NOT equal" in done.stdout
+
+
+def test_mended_by_track(workshop: Workshop, place: Path) -> None:
+    """`ckptd.track` where a generator is defined carries it through the loader's workers."""
+    source = (EXAMPLES / "broken" / "worker_generator.py").read_text()
+    line = "    generator = np.random.default_rng(1)\n"
+    assert line in source
+    mended = source.replace(line, f"{line}\n\nckptd.track(noise=Noise.generator)\n")
+    (workshop.path / "mended.py").write_text(mended)
+    done, report = drill(workshop, place, sys.executable, "mended.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report["equal"]
 
 
 def test_all_equal(workshop: Workshop, place: Path) -> None:
