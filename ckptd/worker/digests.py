@@ -134,6 +134,8 @@ def _ends(items: list[Any]) -> list[Any]:
 
 def _bytes_of(tensor: torch.Tensor) -> Any:
     tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
     if tensor.is_sparse:
         tensor = tensor.coalesce().to_dense()
     elif tensor.layout is not torch.strided:

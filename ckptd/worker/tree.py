@@ -158,9 +158,11 @@ class _Freezer:
             head["requires_grad"] = True
         if isinstance(value, torch.nn.Parameter):
             head["parameter"] = True
-        if value.is_quantized or value.device.type == "meta" or value.is_nested:
-            raise self._refusal(value, path, "a quantised, nested or meta tensor")
-        if value.layout is torch.sparse_coo:
+        if value.device.type == "meta" or value.is_nested:
+            raise self._refusal(value, path, "a nested or meta tensor")
+        if value.is_quantized:
+            parts, names = self._quantised(value, path, head)
+        elif value.layout is torch.sparse_coo:
             # `_indices` and not `indices`: an uncoalesced tensor stays uncoalesced
             parts = [value._indices(), value._values()]  # noqa: SLF001  # the only way to read one
             names = ["indices", "values"]
@@ -180,6 +182,19 @@ class _Freezer:
             name = f"{path}.{suffix}" if suffix else path
             self.tensors.append((name.lstrip(".") or "value", part.detach()))
         return {_TAG: "tensor", "layout": str(value.layout).removeprefix("torch."), **head}
+
+    def _quantised(
+        self, value: torch.Tensor, path: str, head: dict[str, Json]
+    ) -> tuple[list[torch.Tensor], list[str]]:
+        """A quantised tensor's integers, and what they stand for."""
+        if value.qscheme() is torch.per_tensor_affine:
+            head["scale"], head["zero_point"] = value.q_scale(), value.q_zero_point()
+            return [value.int_repr()], [""]
+        if value.qscheme() is torch.per_channel_affine:
+            head["axis"] = value.q_per_channel_axis()
+            parts = [value.q_per_channel_scales(), value.q_per_channel_zero_points()]
+            return [value.int_repr(), *parts], ["", "scales", "zero_points"]
+        raise self._refusal(value, path, f"a tensor quantised as {value.qscheme()}")
 
     def _freeze_array(self, value: np.ndarray[Any, Any], path: str) -> dict[str, Json]:
         if value.dtype.hasobject:
@@ -346,6 +361,8 @@ class Thawer:
     def _thaw_tensor(self, tree: dict[str, Json], into: Any) -> torch.Tensor:
         parts = [self._tensor(number) for number in tree["parts"]]
         shape, dtype = tree["shape"], getattr(torch, tree["dtype"])
+        if "scale" in tree or "axis" in tree:
+            return _quantised_again(tree, [part.clone() for part in parts])
         if tree["layout"] == "sparse_coo":
             made = torch.sparse_coo_tensor(
                 parts[0].clone(), parts[1].clone(), shape, is_coalesced=tree["coalesced"]
@@ -387,6 +404,20 @@ class Thawer:
             into[...] = made
             return into
         return made.copy(order=tree["order"])
+
+
+def _quantised_again(tree: dict[str, Json], parts: list[torch.Tensor]) -> torch.Tensor:
+    # torch has no public way from integers; through floats they would be rounded once more.
+    if "scale" in tree:
+        made = torch._make_per_tensor_quantized_tensor(  # noqa: SLF001
+            parts[0], tree["scale"], tree["zero_point"]
+        )
+    else:
+        values, scales, zeros = parts
+        made = torch._make_per_channel_quantized_tensor(  # noqa: SLF001
+            values, scales, zeros, tree["axis"]
+        )
+    return made.to(tree["device"])
 
 
 def copy_bits(target: torch.Tensor, source: torch.Tensor) -> None:

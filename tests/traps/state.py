@@ -43,7 +43,9 @@ def _update(hasher, value):
         if value.layout is not torch.strided:
             value = value.to_dense()
         if value.is_quantized:
-            hasher.update(str((value.qscheme(), value.dtype)).encode())
+            per_tensor = value.qscheme() is torch.per_tensor_affine
+            of = value.q_scale() if per_tensor else value.q_per_channel_scales().tolist()
+            hasher.update(str((value.qscheme(), value.dtype, of)).encode())
             value = value.int_repr()
         hasher.update(f"{value.dtype} {tuple(value.shape)} {value.stride()}".encode())
         hasher.update(bytes(value.contiguous().view(-1).view(torch.uint8).tolist()))
@@ -297,6 +299,7 @@ def models(run):
         "weight norm": parametrizations.weight_norm(nn.Linear(2, 3)),
         "pruned": nn.Linear(2, 3),
         "channels_last": nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last),
+        "converted": nn.Conv2d(3, 4, 3, padding=1),
         "compiled": torch.compile(nn.Linear(2, 3), backend="eager"),
         "ema": swa_utils.AveragedModel(
             nn.Linear(2, 3), multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9)
@@ -314,6 +317,12 @@ def models(run):
     tensors.register_buffer("coo", torch.eye(3).to_sparse())
     tensors.register_buffer("csr", torch.eye(3).to_sparse_csr())
     tensors.register_buffer("nan", torch.tensor([float("nan"), -0.0, float("inf")]))
+    quantised = torch.quantize_per_tensor(torch.rand(3), 0.01, 3, torch.quint8)
+    tensors.register_buffer("per_tensor", quantised)
+    scales, zeros = torch.rand(3) / 9, torch.tensor([1, 2, 3])
+    tensors.register_buffer(
+        "per_channel", torch.quantize_per_channel(torch.rand(3, 2), scales, zeros, 0, torch.qint8)
+    )
     source = nn.Linear(2, 3)
     optimizers = {
         name: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -327,6 +336,7 @@ def models(run):
         if step == 4:
             cases["frozen"][0].requires_grad_(requires_grad=False)
             cases["norm"].eval()
+            cases["converted"].to(memory_format=torch.channels_last)
         for name, model in cases.items():
             if name == "ema":
                 source.weight.data.add_(torch.rand(3, 2))
@@ -334,6 +344,8 @@ def models(run):
             x = torch.rand(1, 2)
             if name == "channels_last":
                 x = torch.rand(2, 3, 5, 5).to(memory_format=torch.channels_last)
+            elif name == "converted":
+                x = torch.rand(2, 3, 5, 5)
             elif name == "tied":
                 x = torch.randint(5, (3,))
             elif name == "norm":
@@ -348,6 +360,14 @@ def models(run):
         for name, buffer in tensors.named_buffers():
             if buffer.is_floating_point() and buffer.layout is torch.strided:
                 setattr(tensors, name, (buffer.float() * 1.25).to(buffer.dtype))
+            elif name == "per_tensor":
+                tensors.per_tensor = torch.quantize_per_tensor(
+                    torch.rand(3), buffer.q_scale() * 1.1, 3, torch.quint8
+                )
+            elif name == "per_channel":
+                tensors.per_channel = torch.quantize_per_channel(
+                    torch.rand(3, 2), buffer.q_per_channel_scales() * 1.1, zeros, 0, torch.qint8
+                )
             elif name == "coo":
                 tensors.coo = (tensors.coo * 1.5).coalesce()
         run.trace("tensors", step, *(f"{n}={bits(b)}" for n, b in tensors.named_buffers()))
