@@ -21,6 +21,7 @@ A worker's life on the wire:
                                          steps (entry of a restart loop, end of an outermost loop)
                                  ◄───    Durable | NotDurable   (only for snapshots that were asked
                                  for)
+                                 ◄───    Released                (each snapshot, sooner or later)
     Bye                          ───►    the interpreter ends in good order
 
 A command-line tool connects to the same socket, sends one Ask and gets one Answer.
@@ -168,6 +169,15 @@ class Durable(msgspec.Struct, frozen=True, tag=True):
     generation: int
 
 
+class Released(msgspec.Struct, frozen=True, tag=True):
+    """The supervisor has let go of this snapshot's memory: the worker may use it again.
+
+    May get lost, when the worker does not read: then the memory is not used again.
+    """
+
+    generation: int
+
+
 class NotDurable(msgspec.Struct, frozen=True, tag=True):
     """The snapshot could not be made durable, and why."""
 
@@ -202,7 +212,7 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
 
 
 ToSupervisor = Hello | Snapshot | Standing | Restored | Notice | Said | Refused | Bye | Ask
-ToWorker = Welcome | TurnedAway | Durable | NotDurable | Answer
+ToWorker = Welcome | TurnedAway | Durable | NotDurable | Released | Answer
 
 _encoder = msgspec.json.Encoder()
 _to_supervisor = msgspec.json.Decoder(ToSupervisor)

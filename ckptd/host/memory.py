@@ -9,7 +9,10 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
 
 
 def make(name: str, length: int) -> int:
@@ -17,6 +20,26 @@ def make(name: str, length: int) -> int:
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
     os.ftruncate(descriptor, length)
     return descriptor
+
+
+def available() -> int:
+    """Bytes that this process may still use: of the machine's, and of its control group's limit."""
+    free = psutil.virtual_memory().available
+    return min([free, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What is left up to the limit of each control group above this process (version 2)."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+        own = next(line[3:] for line in lines if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return
+    group = Path("/sys/fs/cgroup") / own.lstrip("/")
+    for path in (group, *group.parents):
+        with suppress(OSError, ValueError):  # no limit, or "max"
+            limit = int((path / "memory.max").read_text(encoding="ascii"))
+            yield limit - int((path / "memory.current").read_text(encoding="ascii"))
 
 
 def shared(descriptor: int, length: int) -> memoryview:

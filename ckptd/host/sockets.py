@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
+
+
+def send_or_drop(connection: socket.socket, packet: bytes) -> None:
+    """Send one packet, unless the other end has stopped reading or is gone."""
+    with suppress(BlockingIOError, ConnectionError):
+        connection.send(packet, socket.MSG_DONTWAIT)
 
 
 def send(connection: socket.socket, packet: bytes, descriptors: Sequence[int] = ()) -> bool:

@@ -172,9 +172,7 @@ class Loop:
             case machine.Publish(generation):
                 self._writer.publish(self._held[generation])
             case machine.Forget(generation):
-                job = self._held.pop(generation, None)
-                if job is not None:
-                    os.close(job.descriptor)
+                self._release(generation)
             case machine.Receipt(generation, why):
                 self._receipt(generation, why)
             case machine.Answer(ok, text):
@@ -189,6 +187,16 @@ class Loop:
                 self._terminal.say(text)
             case machine.End(code):
                 self._end(code)
+
+    def _release(self, generation: int) -> None:
+        job = self._held.pop(generation, None)
+        if job is None:
+            return
+        os.close(job.descriptor)
+        attempt = self._attempt
+        # A later worker counts its snapshots anew, and must not be told of another one's.
+        if attempt is not None and attempt.worker is not None and attempt.number == job.attempt:
+            attempt.worker.send_or_drop(wire.Released(generation))
 
     def _spawn(self) -> None:
         try:
@@ -406,7 +414,7 @@ class Loop:
             return
         message, descriptors = received
         if isinstance(message, wire.Snapshot) and len(descriptors) == 1:
-            self._held[message.generation] = Job(message, descriptors[0])
+            self._held[message.generation] = Job(message, descriptors[0], attempt.number)
             asked = wire.serial_of(message.asked)
             self._tell(machine.SnapshotCame(message.generation, message.step, asked))
             return

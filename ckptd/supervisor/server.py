@@ -39,18 +39,35 @@ class Peer:
             ProtocolError: it is no message.
         """
         try:
-            packet, descriptors, _, _ = socket.recv_fds(
-                self._socket, wire.MESSAGE_BYTES_MAX, _DESCRIPTORS_MAX
-            )
+            packet, descriptors = self._receive()
         except ConnectionError:
             return None
         if not packet:
             return None
         return wire.decode_for_supervisor(packet), descriptors
 
+    def _receive(self) -> tuple[bytes, list[int]]:
+        # A peer that died before it had read all from us resets the connection. The system tells
+        # that once, and ahead of what the peer had sent, which is still there.
+        for last_try in (False, True):
+            try:
+                packet, descriptors, _, _ = socket.recv_fds(
+                    self._socket, wire.MESSAGE_BYTES_MAX, _DESCRIPTORS_MAX
+                )
+            except ConnectionResetError:
+                if last_try:
+                    raise
+            else:
+                return packet, descriptors
+        raise AssertionError("one of two tries returns or raises")
+
     def send(self, message: wire.ToWorker, descriptors: Sequence[int] = ()) -> None:
         """Send a message; a peer that is gone does not get it, and that is seen by `receive`."""
         sockets.send(self._socket, wire.encode(message), descriptors)
+
+    def send_or_drop(self, message: wire.ToWorker) -> None:
+        """Send what may get lost: a peer that does not read must not hold us up."""
+        sockets.send_or_drop(self._socket, wire.encode(message))
 
     def close(self) -> None:
         """End the connection."""

@@ -22,10 +22,11 @@ from ckptd.store import store
 
 @dataclass(frozen=True)
 class Job:
-    """A snapshot to publish; the memfd stays the caller's."""
+    """A snapshot to publish; the memfd stays the caller's. `attempt`: whose it is."""
 
     snapshot: wire.Snapshot
     descriptor: int
+    attempt: int
 
 
 @dataclass(frozen=True)

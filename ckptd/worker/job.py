@@ -30,6 +30,7 @@ from ckptd.host import memory
 from ckptd.host.disk import RealDisk
 from ckptd.store import store
 from ckptd.worker import callsite, dataloader, environment, rng, settings, snapshot, tree
+from ckptd.worker.arena import Arena, Arenas
 from ckptd.worker.link import Link
 from ckptd.worker.loops import Loops
 from ckptd.worker.moments import Moment, StreamPosition
@@ -185,9 +186,9 @@ class LaunchedJob(Job):
     def __init__(self, address: str, named: dict[str, Any]) -> None:
         super().__init__()
         facts = environment.facts()
-        self._link = Link(
-            address, wire.Hello(wire.PROTOCOL, os.getpid(), _rank(), _world_size(), facts)
-        )
+        self._arenas = Arenas()
+        hello = wire.Hello(wire.PROTOCOL, os.getpid(), _rank(), _world_size(), facts)
+        self._link = Link(address, hello, self._arenas)
         welcome = self._link.welcome
         self._run = Path(welcome.run)
         self.words = self._link.page.words
@@ -323,12 +324,12 @@ class LaunchedJob(Job):
         if keep:
             self._kept = captured
         else:
-            os.close(captured.descriptor)
+            self._arenas.let_go(captured.arena)
         return self._generation
 
     def drop_snapshot(self) -> None:
         if self._kept is not None:
-            os.close(self._kept.descriptor)
+            self._arenas.let_go(self._kept.arena)
             self._kept = None
 
     def answer(self) -> None:
@@ -344,7 +345,7 @@ class LaunchedJob(Job):
         else:
             captured = self._capture()
             self._send(captured, asked=word)
-            os.close(captured.descriptor)
+            self._arenas.let_go(captured.arena)
             generation = self._generation
         if request is wire.Request.LEAVE:
             self._leave(generation)
@@ -387,8 +388,8 @@ class LaunchedJob(Job):
             "outputs": lengths,
             "values": _shown(self._values),
         }
-        descriptor, extents = writer.write(document)
-        return _Captured(descriptor, self._loops.step, extents, list(lengths))
+        arena, extents = writer.write(document, self._arenas)
+        return _Captured(arena, self._loops.step, extents, list(lengths))
 
     def _carry_on_unclaimed(self, writer: Writer) -> Iterator[tuple[str, Json]]:
         """Objects of the checkpoint that the script has not tracked again yet."""
@@ -406,7 +407,9 @@ class LaunchedJob(Job):
             captured.outputs,
             asked,
         )
-        self._link.send(message, [captured.descriptor])
+        # Before it is sent: it may be let go of before `send` returns.
+        self._arenas.sent(self._generation, captured.arena)
+        self._link.send(message, [captured.arena.descriptor])
 
     def _save_alone(self) -> None:
         """The supervisor is gone: publish the state from here, and leave."""
@@ -574,9 +577,9 @@ class _Refusals:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A whole state in a memfd; the outputs are to be synced before it is published."""
+    """A whole state in memory; the outputs are to be synced before it is published."""
 
-    descriptor: int
+    arena: Arena
     step: int
     extents: list[wire.Extent]
     outputs: list[str]
@@ -590,7 +593,7 @@ def _publish_alone(run: Path, welcome: wire.Welcome, captured: _Captured) -> Non
         FencedError: a newer attempt of the job runs somewhere.
     """
     disk = RealDisk()
-    with memory.pieces(captured.descriptor, wire.places(captured.extents)) as files:
+    with memory.pieces(captured.arena.descriptor, wire.places(captured.extents)) as files:
         store.publish_attempt(
             disk,
             run,

@@ -26,6 +26,7 @@ from typing import Final
 from ckptd import wire
 from ckptd.errors import CkptdError, ProtocolError, UsageError
 from ckptd.host import sockets
+from ckptd.worker.arena import Arenas
 
 _FORWARDED: Final = (
     signal.SIGTERM,
@@ -43,12 +44,14 @@ class Link:
     Args:
         address: the socket's path (`CKPTD_SOCKET`).
         hello: what is said first.
+        arenas: told when the supervisor has let go of a snapshot's memory.
 
     Raises:
         CkptdError: nobody listens there, or the supervisor turns this process away.
     """
 
-    def __init__(self, address: str, hello: wire.Hello) -> None:
+    def __init__(self, address: str, hello: wire.Hello, arenas: Arenas) -> None:
+        self._arenas = arenas
         self._pid = os.getpid()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -137,7 +140,9 @@ class Link:
             if not packet:
                 break
             message = wire.decode_for_worker(packet)
-            if isinstance(message, wire.Durable | wire.NotDurable):
+            if isinstance(message, wire.Released):
+                self._arenas.released(message.generation)
+            elif isinstance(message, wire.Durable | wire.NotDurable):
                 with self._changed:
                     self._receipts[message.generation] = message
                     self._changed.notify_all()

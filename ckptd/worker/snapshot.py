@@ -23,9 +23,9 @@ from safetensors import safe_open
 
 from ckptd import wire
 from ckptd.errors import DamagedError
-from ckptd.host import memory
 from ckptd.store import image
 from ckptd.worker import tree
+from ckptd.worker.arena import Arena, Arenas
 from ckptd.worker.state import Saved
 from ckptd.worker.tree import Frozen, Json
 
@@ -92,11 +92,11 @@ class Writer:
             self._placed.setdefault(same, ref)
         return ref
 
-    def write(self, document: dict[str, Json]) -> tuple[int, list[wire.Extent]]:
-        """Lay everything out in a new memfd.
+    def write(self, document: dict[str, Json], arenas: Arenas) -> tuple[Arena, list[wire.Extent]]:
+        """Lay everything out in a memory that nobody reads.
 
         Returns:
-            The memfd, which the caller closes, and where in it each file is.
+            The memory, which the caller lets go of, and where in it each file is.
         """
         text = msgspec.json.encode(document)
         images = {file: _layout(tensors) for file, tensors in self._files.items()}
@@ -105,12 +105,15 @@ class Writer:
         for name, length in [(STATE, len(text)), *((f, i.length) for f, i in images.items())]:
             extents.append(wire.Extent(name, end, length))
             end += -(-length // _ALIGNMENT) * _ALIGNMENT
-        descriptor = memory.make("ckptd-snapshot", end)
-        with mmap.mmap(descriptor, end) as arena:
-            arena[: len(text)] = text
+        arena = arenas.take(end)
+        try:
+            arena.mapping[: len(text)] = text
             for extent in extents[1:]:
-                _fill(arena, extent.offset, images[extent.name], self._files[extent.name])
-        return descriptor, extents
+                _fill(arena.mapping, extent.offset, images[extent.name], self._files[extent.name])
+        except BaseException:
+            arenas.let_go(arena)
+            raise
+        return arena, extents
 
 
 def _layout(tensors: dict[str, torch.Tensor]) -> image.Image:
@@ -134,7 +137,7 @@ def _fill(
                 arena, dtype=bits.dtype, count=bits.numel(), offset=start + offset
             )
             place.view(bits.shape).copy_(bits)
-            del place  # the mapping can't be closed while a tensor looks into it
+            del place  # a mapping can't be closed while a tensor looks into it
 
 
 class Reader:

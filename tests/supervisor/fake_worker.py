@@ -70,7 +70,8 @@ class Worker:
             if not packet:
                 sys.exit(75)
             receipt = wire.decode_for_worker(packet)
-            if receipt.generation == self.generation:
+            is_receipt = isinstance(receipt, wire.Durable | wire.NotDurable)
+            if is_receipt and receipt.generation == self.generation:
                 break
         print("receipt", type(receipt).__name__, flush=True)
         while self.options.stay:

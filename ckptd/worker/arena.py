@@ -1,0 +1,85 @@
+"""Memory for snapshots, used again: filling pages that exist costs one copy, fresh ones several.
+
+A snapshot lies in a memfd that the supervisor holds too. Rules:
+
+1. A memory that the supervisor may still read is never written to. It says when it has let go
+   (`wire.Released`); until then the next snapshot goes into another memory. So one whole snapshot
+   is there at any instant, also when this process is killed while it fills the next one.
+2. At most two memories are kept. A third, when both are in the supervisor's hands, is for one use.
+3. A memory is kept only where as much is free beside it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from typing import Final
+
+from ckptd.host import memory
+
+_KEPT_MAX: Final = 2
+
+
+class Arena:
+    """One memory: a memfd and its mapping."""
+
+    def __init__(self, length: int) -> None:
+        self.descriptor = memory.make("ckptd-snapshot", length)
+        self.length = length
+        self.mapping = mmap.mmap(self.descriptor, length)
+        self.holders = 0
+
+    def close(self) -> None:
+        """Let go of it; who else holds the descriptor keeps its own."""
+        self.mapping.close()
+        os.close(self.descriptor)
+
+
+class Arenas:
+    """The memories of one process."""
+
+    def __init__(self) -> None:
+        self._kept: list[Arena] = []
+        self._sent: dict[int, Arena] = {}
+        self._lock = threading.Lock()  # releases come in the link's thread
+
+    def take(self, length: int) -> Arena:
+        """A memory of at least so many bytes that nobody reads; it is the caller's."""
+        with self._lock:
+            free = [arena for arena in self._kept if arena.holders == 0]
+            fitting = [arena for arena in free if arena.length >= length]
+            if fitting:
+                arena = min(fitting, key=lambda one: one.length)
+            else:
+                for outgrown in free:
+                    self._kept.remove(outgrown)
+                    outgrown.close()
+                arena = Arena(length)
+                self._kept.append(arena)
+            arena.holders += 1
+            return arena
+
+    def sent(self, generation: int, arena: Arena) -> None:
+        """The supervisor holds it too, as this snapshot."""
+        with self._lock:
+            self._sent[generation] = arena
+            arena.holders += 1
+
+    def released(self, generation: int) -> None:
+        """The supervisor has let go of this snapshot."""
+        with self._lock:
+            arena = self._sent.pop(generation, None)
+        if arena is not None:
+            self.let_go(arena)
+
+    def let_go(self, arena: Arena) -> None:
+        """One holder less."""
+        with self._lock:
+            arena.holders -= 1
+            if arena.holders == 0 and not self._worth_keeping(arena):
+                self._kept.remove(arena)
+                arena.close()
+
+    def _worth_keeping(self, arena: Arena) -> bool:
+        return len(self._kept) <= _KEPT_MAX and memory.available() >= arena.length

@@ -1,0 +1,93 @@
+"""A snapshot's memory is used again only when the supervisor has let go of it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ckptd.host import memory
+from ckptd.worker.arena import Arenas
+
+
+@pytest.fixture(autouse=True)
+def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much memory as anyone wants."""
+    monkeypatch.setattr(memory, "available", lambda: 2**50)
+
+
+def test_never_what_the_supervisor_reads() -> None:
+    """While a snapshot is in the supervisor's hands the next one lies elsewhere."""
+    arenas = Arenas()
+    first = arenas.take(100)
+    arenas.sent(1, first)
+    arenas.let_go(first)
+    second = arenas.take(100)
+    assert second is not first
+    first.mapping[:5] = b"first"
+    second.mapping[:5] = b"other"
+    assert first.mapping[:5] == b"first"
+
+
+def test_used_again() -> None:
+    """When the supervisor has let go, the same memory is taken, and no more than two are kept."""
+    arenas = Arenas()
+    seen = set()
+    for generation in range(1, 20):
+        arena = arenas.take(100)
+        seen.add(id(arena))
+        arenas.sent(generation, arena)
+        arenas.let_go(arena)
+        if generation > 1:
+            arenas.released(generation - 1)
+    assert len(seen) == 2
+
+
+def test_kept_by_the_worker() -> None:
+    """A snapshot that the worker keeps for itself is not written over either."""
+    arenas = Arenas()
+    standing = arenas.take(100)
+    arenas.sent(1, standing)
+    arenas.released(1)
+    assert arenas.take(100) is not standing
+    arenas.let_go(standing)
+    assert arenas.take(100) is standing
+
+
+def test_a_third_is_for_one_use() -> None:
+    """With two in the supervisor's hands a third one serves, and is given back to the system."""
+    arenas = Arenas()
+    taken = [arenas.take(100) for _ in range(3)]
+    for generation, arena in enumerate(taken, start=1):
+        arenas.sent(generation, arena)
+        arenas.let_go(arena)
+    arenas.released(3)
+    assert taken[2].mapping.closed
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(taken[2].descriptor)
+    arenas.released(1)
+    assert not taken[0].mapping.closed
+
+
+def test_outgrown() -> None:
+    """A memory that has become too small is given back, and a larger one is made."""
+    arenas = Arenas()
+    small = arenas.take(100)
+    arenas.let_go(small)
+    large = arenas.take(10_000)
+    assert large.length >= 10_000
+    assert small.mapping.closed
+
+
+def test_not_kept_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where as much is not free beside it, a memory is given back at once."""
+    arenas = Arenas()
+    arena = arenas.take(100)
+    monkeypatch.setattr(memory, "available", lambda: 99)
+    arenas.let_go(arena)
+    assert arena.mapping.closed
+
+
+def test_unknown_release() -> None:
+    """A release of what is not held changes nothing."""
+    Arenas().released(7)
