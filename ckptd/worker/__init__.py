@@ -7,7 +7,14 @@
 - `state`       how each kind of tracked object is captured, checked and restored
 - `tree`        any nest of plain values and tensors as JSON plus a list of tensors, and back
 - `rng`         every random generator's state as JSON, and back
-- `snapshot`    a captured state as one memfd of file images; a checkpoint read back
+- `peek`        the same for loader workers, read from memory
+- `tape`        the random streams as a replayed iterable found them
+- `settings`    switches of torch that decide about bits
+- `snapshot`    a captured state as file images in one memory; a checkpoint read back
+- `arena`       that memory, used again
 - `outputs`     files that are rolled back with the checkpoint
 - `link`        the socket and the status page; what happens when the supervisor is gone
+- `environment` versions, devices, thread counts: compared over the attempts
+- `callsite`    where in the user's code a call came from
+- `drilled`     the job of a drilled run, with `digests` and the script's `variables`
 """

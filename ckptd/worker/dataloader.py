@@ -779,9 +779,12 @@ class _Collate:
         They are searched for after batches 1, 2, 4, 8, …: a generator that is made lazily is made
         early, and a search at every batch would be paid by everyone.
         """
-        roots = _worker_roots(dataset, self._collate)
         self._batches += 1
-        if self._batches & (self._batches - 1) == 0:
+        searching = self._batches & (self._batches - 1) == 0
+        if not (searching or self._paths):
+            return None  # most datasets have none, and pay nothing
+        roots = _worker_roots(dataset, self._collate)
+        if searching:
             self._paths = list(find_generators(roots))
         states = {}
         for path in self._paths:
