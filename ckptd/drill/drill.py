@@ -185,9 +185,9 @@ class Drill:
         files = self._outputs_differing(straight, interrupted)
         if self._files:
             files = _comparable(straight, again, interrupted)
-        # An attribute that came right again was overwritten before it was read, as far as a
-        # comparison can tell; of a local variable it is known that it may be read.
-        grave = [one for one in lost if not (one.recovered and "." in one.name.split("`")[1])]
+        # Of a variable of a function that runs it is known that it may be read. A global or an
+        # attribute that came right again may have been a cache.
+        grave = [one for one in lost if not one.recovered or _is_surely_read(one.name)]
         findings = [] if first is None else [words.at_first(first)]
         findings += [words.about_lost(one) for one in lost]
         if first is not None and not lost:
@@ -209,6 +209,11 @@ class Drill:
             files=files,
             findings=findings,
         )
+
+
+def _is_surely_read(name: str) -> bool:
+    _, variable, where = name.split("`")
+    return "." not in variable and (where == "" or where.endswith("()"))
 
 
 def _components(one: Finished, other: Finished) -> dict[str, int | None]:

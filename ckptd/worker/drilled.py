@@ -196,13 +196,11 @@ class DrilledJob(LaunchedJob):
                 walk.take(name, where, frame.f_locals[name])
         script = next((f for f in callsite.frames() if f.f_code.co_name == "<module>"), None)
         for module in variables.user_modules():
-            named = variables.global_variables(module)
-            is_script = script is not None and script.f_globals is vars(module)
-            if is_script and script is not None:
-                live = variables.live(script)
-                named |= {k: v for k, v in vars(module).items() if k in live}
-            where = "" if module.__name__ == "__main__" else f" in {module.__name__}"
-            for name, value in sorted(named.items()):
+            if script is not None and script.f_globals is vars(module):
+                for name in sorted(variables.live(script) & vars(module).keys()):
+                    walk.take(name, "", vars(module)[name])
+            where = " (global)" if module.__name__ == "__main__" else f" in {module.__name__}"
+            for name, value in sorted(variables.global_variables(module).items()):
                 walk.take(name, where, value)
         return walk.found
 
@@ -254,6 +252,8 @@ class _Walk:
         if id(value) in self._passed or isinstance(value, _PASSED_OVER) or name.startswith("__"):
             return
         shown = f"`{name}`{where}"
+        if f"`{name}`" in self.found:
+            return  # a global that is live in the script itself
         if isinstance(value, DataLoader):
             self.take(f"{name}.dataset", where, value.dataset, depth + 1)
             return

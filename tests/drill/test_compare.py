@@ -6,6 +6,7 @@ import pytest
 
 from ckptd import record
 from ckptd.drill import compare, plan, words
+from ckptd.drill.drill import _is_surely_read
 from ckptd.errors import UsageError
 from ckptd.record import Mark, Seen
 
@@ -185,3 +186,12 @@ def test_files() -> None:
     before, after = {"a": (1, "x"), "b": (2, "y")}, {"a": (1, "z"), "c": (3, "w")}
     found = {one.path: (one.before, one.after) for one in compare.files_differing(before, after)}
     assert found == {"a": (1, 1), "b": (2, None), "c": (None, 3)}
+
+
+def test_what_is_surely_read() -> None:
+    """Of a function's variables it is known that they are read, and of no others."""
+    assert _is_surely_read("`best` in main()")
+    assert _is_surely_read("`best`")
+    assert not _is_surely_read("`self.best` in fit()")
+    assert not _is_surely_read("`cache` (global)")
+    assert not _is_surely_read("`cache` in data")
