@@ -19,9 +19,9 @@ Only index generation is repeated, from the generators as they were at the loop'
 cost of resuming does not grow with what a sample costs. Prefetched batches that were never
 consumed are made again, identically.
 
-An `IterableDataset` is asked for batches by the same machinery: an index list then only says whose
-turn it is. The state of a dataset that has `state_dict` travels with each batch. Of one that has
-none, the batches are made again from the begin of the round, and dropped.
+In workers, an `IterableDataset` is asked for batches by the same machinery: an index list then says
+whose turn it is. The state of a dataset that has `state_dict` travels with each batch. Of one that
+has none, the batches are made again from the begin of the round, and dropped.
 
 *Persistent workers* go on from round to round, and three things follow. A round that was left early
 is *settled* before their states count: what they had prefetched has moved their generators. The
@@ -132,7 +132,19 @@ class LoaderFeed(Feed):
         self._stateful = _is_iterable(loader) and _is_stateful(loader.dataset)
         self._replayed = _is_iterable(loader) and not self._stateful
         self._tape = Tape(TAPE_BYTES_MAX, self._say)
-        self._shared.sight(super().hidden())
+        for path, owner, state in self._owned(super().hidden()):
+            _sightings.sight(owner, path, state, iterated=self._shared.rounds > 0)
+
+    def shares(self, other: LoaderFeed) -> set[str]:
+        """Where this loader and another one have the same generators, by path."""
+        theirs = find_generators(other.roots())
+        mine = find_generators(self.roots())
+        return {path for path, one in mine.items() if theirs.get(path) is one}
+
+    @property
+    def used(self) -> bool:
+        """Whether this process has iterated over the loader: then it knows best where that is."""
+        return self._shared.opened > 0
 
     @property
     def _open(self) -> bool:
@@ -159,8 +171,6 @@ class LoaderFeed(Feed):
                 f"a DataLoader had {position['workers']} workers when the job was interrupted, it "
                 f"has {loader.num_workers} now: their random streams can't be continued"
             )
-        if shared.used and done == 0 and not position["open"]:
-            return self.fresh()  # another loop over it was begun since, and knows better
         shared.forget()
         shared.rounds = position["rounds"] - position["open"]
         if loader.num_workers == 0:
@@ -269,10 +279,9 @@ class LoaderFeed(Feed):
     # in a later loop.
 
     def hidden(self) -> dict[str, Json]:
-        shared = self._shared
         return {
-            path: {**state, "first": shared.first.get(path), "again": path in shared.again}
-            for path, state in super().hidden().items()
+            path: _sightings.noted(owner, path, state)
+            for path, owner, state in self._owned(super().hidden())
         }
 
     def worker_streams(self) -> dict[str, Any]:
@@ -286,26 +295,34 @@ class LoaderFeed(Feed):
 
     def set_hidden(self, states: dict[str, Json]) -> None:
         super().set_hidden(states)
-        self._shared.remember(states)
+        self._remember(states)
 
     def adopt_hidden(
         self, states: dict[str, Json], restored: dict[int, object], existing: Existing | None = None
     ) -> None:
-        now, found = super().hidden(), find_generators(self.roots())
         made = None if existing is None or self.loader in existing else existing
-        untouched = {
-            path: state
-            for path, state in states.items()
-            if not state["again"]
-            and (path not in now or _digest(now[path]) == state["first"])
-            and (made is None or self._owner(found, path) in made)
-        }
+        now = {path: (owner, state) for path, owner, state in self._owned(super().hidden())}
+        untouched = {}
+        for path, state in states.items():
+            owner, found = now.get(path, (None, None))
+            as_first = found is None or _digest(found) == state["first"]
+            if as_first and not state["again"] and (made is None or owner in made):
+                untouched[path] = state
         super().adopt_hidden(untouched, restored)
-        self._shared.remember(states)
+        self._remember(states)
 
-    def _owner(self, found: dict[str, Any], path: str) -> object:
-        """The generator at a path; of a counter the sampler that has it."""
-        return found.get(path, self.roots().get(path.partition(".")[0]))
+    def _remember(self, states: dict[str, Json]) -> None:
+        for path, owner, state in self._owned(states):
+            _sightings.remember(owner, path, state)
+
+    def _owned(self, states: dict[str, Json]) -> list[tuple[str, object, Json]]:
+        """Each state with the generator that has it; of a counter, the sampler."""
+        roots = self.roots()
+        found = find_generators(roots)
+        return [
+            (path, found.get(path, roots.get(path.partition(".")[0])), state)
+            for path, state in states.items()
+        ]
 
     def _consume(self, batches: Iterator[Any], number: int) -> Iterator[Any]:
         """Unwrap what the workers sent; keep their states as of what was consumed."""
@@ -333,8 +350,6 @@ class _Shared:
         seed: the generator's state from which persistent workers' base seed was drawn.
         left: nobody iterates over the round that was begun last.
         opened: the rounds that were begun in this process.
-        first: digests of the loader's generators as the first loop over it found them.
-        again: those that a later loop found like that again.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
@@ -350,8 +365,6 @@ class _Shared:
         self.left = False
         self.opened = 0
         self._feed: weakref.ref[LoaderFeed] | None = None
-        self.first: dict[str, str] = {}
-        self.again: set[str] = set()
 
     def iterate(
         self, done: int, turn: int, reset: Callable[[], None] | None, *, middle: bool = False
@@ -388,11 +401,6 @@ class _Shared:
         # Not held where workers end with their iterator, as they do when a loop is left.
         self._running = running if loader.persistent_workers else None
         return running
-
-    @property
-    def used(self) -> bool:
-        """Whether a round was begun in this process."""
-        return self._feed is not None
 
     def forget(self) -> None:
         """What this process did with the loader does not count: it is put back."""
@@ -444,21 +452,38 @@ class _Shared:
         except Exception as error:  # noqa: BLE001  # an unwanted batch's; a plain loader drops it
             _say_here(f"a prefetched batch that nobody asked for failed: {error}")
 
-    def sight(self, hidden: dict[str, Json]) -> None:
-        """A loop over the loader is begun, and finds this."""
-        for path, state in hidden.items():
-            digest = _digest(state)
-            if self.first.setdefault(path, digest) == digest and self.rounds:
-                self.again.add(path)
 
-    def remember(self, hidden: dict[str, Json]) -> None:
-        """What the interrupted process had sighted."""
-        for path, state in hidden.items():
-            if state["first"] is not None:
-                self.first[path] = state["first"]
-            if state["again"]:
-                self.again.add(path)
+class _Sightings:
+    """How the first loop over it found each generator and counter, as a digest.
 
+    Args:
+        most: so many are remembered; they are kept alive, so that a new one is not taken for them.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._known: dict[tuple[int, str], tuple[object, str, bool]] = {}
+
+    def sight(self, owner: object, name: str, state: Json, *, iterated: bool) -> None:
+        """A loop is begun, and finds this."""
+        digest, key = _digest(state), (id(owner), name)
+        _, first, again = self._known.get(key, (owner, digest, False))
+        self._known[key] = owner, first, again or (iterated and first == digest)
+        while len(self._known) > self._most:
+            del self._known[next(iter(self._known))]
+
+    def noted(self, owner: object, name: str, state: Json) -> Json:
+        """A state with what is known of it."""
+        _, first, again = self._known.get((id(owner), name), (owner, None, False))
+        return {**state, "first": first, "again": again}
+
+    def remember(self, owner: object, name: str, state: Json) -> None:
+        """What the interrupted process had noted."""
+        if state["first"] is not None:
+            self._known[id(owner), name] = owner, state["first"], state["again"]
+
+
+_sightings: Final = _Sightings(1024)
 
 _all_shared: weakref.WeakKeyDictionary[DataLoader[Any], _Shared] = weakref.WeakKeyDictionary()
 

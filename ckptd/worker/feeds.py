@@ -8,7 +8,8 @@ A `Feed` makes an iterator that draws exactly what the plain script's iterator w
 | `range`, list, tuple, any sequence | by index                                                 |
 | `DataLoader`                       | indices skipped, no sample loaded twice (`dataloader`)   |
 | anything with `state_dict`         | its own `load_state_dict`                                |
-| any other iterable                 | replay: k items are taken and dropped, which is said     |
+| any other iterable                 | replay: k items are taken and dropped, which is said;    |
+|                                    | each finds the random streams as it did (`tape`)         |
 """
 
 from __future__ import annotations

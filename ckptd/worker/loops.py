@@ -155,7 +155,7 @@ class Loops:
         self._streams: dict[str, Stream] = {}
         self._saved_streams: dict[str, StreamPosition] = {}  # of streams that are made later
         self._loaders: dict[str, dataloader.LoaderFeed] = {}
-        self._made_anew: set[str] = set()
+        self._made_anew: dict[str, set[str]] = {}  # the generators that outlived the last loader
         self._restored: dict[int, object] = {}
         self._saved_loaders: dict[str, tuple[dict[str, Json], Frozen]] = {}
         self._existing: dataloader.Existing | None = None  # when the resume point was reached
@@ -423,7 +423,8 @@ class Loops:
         if isinstance(feed, dataloader.LoaderFeed):
             before = self._loaders.get(place)
             if before is not None and before.loader is not feed.loader:
-                self._made_anew.add(place)  # the script makes it there: nothing of it goes on
+                # The script makes it there: nothing of it goes on but what it is made from.
+                self._made_anew[place] = before.shares(feed)
             self._loaders[place] = feed
 
     def _adopt(self, place: str, feed: Feed) -> Frozen | None:
@@ -432,9 +433,9 @@ class Loops:
         if not isinstance(feed, dataloader.LoaderFeed):
             return None
         feed.adopt_hidden(hidden, self._restored, self._existing)
-        if self._existing is not None and feed.loader not in self._existing:
-            return None  # made after the resume point, as it was made in each item before it
-        return position
+        # One that was made after the resume point was made in each item before it, too.
+        made = self._existing is not None and feed.loader not in self._existing
+        return None if made or feed.used else position
 
     def restore_streams(self, positions: dict[str, StreamPosition]) -> None:
         """Put every stream to its position; one that has none starts over."""
@@ -462,9 +463,12 @@ class Loops:
         positions = {place: saved[1] for place, saved in self._saved_loaders.items()}
         hidden = {place: saved[0] for place, saved in self._saved_loaders.items()}
         for place, feed in self._loaders.items():
-            if place not in self._made_anew:
-                hidden[place] = feed.hidden()
-                positions.setdefault(place, feed.position())
+            hidden[place] = feed.hidden()
+            if place in self._made_anew:
+                outlived = self._made_anew[place]
+                hidden[place] = {k: v for k, v in hidden[place].items() if k in outlived}
+            if feed.used or place not in positions:  # else what was saved is still to be adopted
+                positions[place] = feed.position()
         return {
             place: {"hidden": hidden[place], "feed": writer.add("loops", position)}
             for place, position in positions.items()

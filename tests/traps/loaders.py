@@ -37,6 +37,7 @@ from interruption import signal_and_see
 from structures import Run, strike
 
 import ckptd
+from ckptd.worker import dataloader
 
 STRIKE_AT = os.environ.get("STRIKE_AT", "")
 ITEMS, BATCH = 13, 2
@@ -283,8 +284,8 @@ def twice():
     loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=2, persistent_workers=True)
 
     def epoch(run, number):
-        for _ in run.job.loop(loader):
-            run.trace(run.case, "first loop")
+        for batch in run.job.loop(loader):
+            run.trace(run.case, "first loop", bits(batch))
         run.over(loader, 7)
 
     return epoch
@@ -387,6 +388,21 @@ def module_global():
     return plainly(DataLoader(Global(), BATCH, shuffle=True, num_workers=2), 7)
 
 
+class Classy(Noisy):
+    """Draws from a generator where nobody looks, but that was named to ckptd."""
+
+    rng_of_all = random.Random(56)
+
+    def __getitem__(self, i):
+        return super().__getitem__(i) + self.rng_of_all.random()
+
+
+def tracked():
+    """A generator that the main process named, used by workers."""
+    dataloader.tracked["rng_of_all"] = Classy.rng_of_all
+    return plainly(DataLoader(Classy(), BATCH, shuffle=True, num_workers=2), 7)
+
+
 def plainly(loader, batches, **options):
     return lambda run, number: run.over(loader, batches, **options)
 
@@ -465,7 +481,7 @@ class Stream(IterableDataset):
         for i in range(first, self.items, step):
             buffer.append(i)
             if len(buffer) == 4:
-                yield self.made(buffer.pop(self.rng.integers(4)))
+                yield self.made(buffer.pop(random.randrange(4)))
         while buffer:
             yield self.made(buffer.pop(random.randrange(len(buffer))))
 
@@ -606,7 +622,7 @@ def interleaved():
 
 GROUPS = {
     "made": (anew, anew_constant, anew_shared, reseeded, twice, spawned),
-    "hidden": (transformed, closed_over, collating, module_global),
+    "hidden": (transformed, closed_over, collating, module_global, tracked),
     "left": (left, left_at_once, left_mortal, growing),
     "iterable": (endless, iterable, iterable_persistent, iterable_left, interleaved),
     "stateful": (stateful_here, stateful, stateful_persistent, stateful_left, own_position),

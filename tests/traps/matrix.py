@@ -37,12 +37,13 @@ SPECIAL = {
         "closed_over": _OTHERS,
         "collating": _SOME,
         "module_global": _OTHERS,
+        "tracked": ("mid",),
     },
     "left": {
         "left": _SOME,
         "left_at_once": ("before", "first"),
         "left_mortal": _SOME,
-        "growing": ("before", "last"),
+        "growing": ("last", "before"),
     },
     "iterable": {
         "endless": _OTHERS,
@@ -64,7 +65,7 @@ GROUPS = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration of a loader, and the moments at which it is interrupted."""
+    """One configuration of a loader, and the moment at which it is interrupted."""
 
     sampler: str
     workers: tuple[int, bool]
@@ -78,12 +79,6 @@ class Row:
     def name(self) -> str:
         """As it stands in the trace."""
         return f"{self.sampler}-{self.workers[0]}{'p' * self.workers[1]}"
-
-    @property
-    def moments(self) -> tuple[str, str]:
-        """The row's own moment, and one more."""
-        other = MOMENTS[(MOMENTS.index(self.moment) + 2) % len(MOMENTS)]
-        return self.moment, other
 
 
 def rows() -> list[Row]:
