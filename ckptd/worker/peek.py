@@ -45,6 +45,10 @@ def unpack_python(packed: bytes) -> Any:
     return (words[0], tuple(words[1:]), array("d", rest)[0] if rest else None)
 
 
+#: How long what `pack_numpy` gives is; what another kind of generator has is shorter.
+NUMPY_BYTES: Final = _WORDS_BYTES + struct.calcsize("=iid")
+
+
 def pack_numpy(state: Any) -> bytes:
     """`numpy.random.get_state()` as bytes: 624 words, position, and the cached normal value."""
     _, key, position, has_gauss, gauss = state
@@ -71,14 +75,34 @@ def python_reader() -> Callable[[], bytes]:
     return lambda: _peek_python(instance, offset)
 
 
-def numpy_reader() -> Callable[[], bytes]:
-    """A function that gives `pack_numpy(numpy.random.get_state())`, quickly if possible here."""
-    instance: Any = np.random.mtrand._rand  # noqa: SLF001  # the module's functions are its methods
-    bits: Any = instance._bit_generator  # noqa: SLF001  # the public getter is new in numpy 1.24
-    offset = _numpy_offset() if type(bits) is np.random.MT19937 else None
-    if offset is None:
-        return lambda: pack_numpy(np.random.get_state())  # the global stream
-    return lambda: _peek_numpy(instance, bits.ctypes.state_address, offset)
+class NumpyReader:
+    """Gives `pack_numpy(numpy.random.get_state())`, quickly if that is possible here.
+
+    Args:
+        other: packs the state where the global stream is no Mersenne twister.
+    """
+
+    def __init__(self, other: Callable[[], bytes]) -> None:
+        self._other = other
+        self._instance: Any = np.random.mtrand._rand  # noqa: SLF001  # the functions are its methods
+        self._bits: Any = None
+        self._address = 0
+        self._offset: int | None = None
+
+    def __call__(self) -> bytes:
+        """The state now."""
+        # Held and compared: `numpy.random.set_bit_generator` replaces it, and frees the old one.
+        bits = self._instance._bit_generator  # noqa: SLF001  # the public getter is slower
+        if bits is not self._bits:
+            self._bits = bits
+            is_twister = type(bits) is np.random.MT19937
+            self._offset = _numpy_offset() if is_twister else None
+            self._address = bits.ctypes.state_address if is_twister else 0
+        if self._offset is not None:
+            return _peek_numpy(self._instance, self._address, self._offset)
+        if type(bits) is np.random.MT19937:
+            return pack_numpy(np.random.get_state())  # the global stream
+        return self._other()
 
 
 # ------------------------------------------------------------------ where things lie

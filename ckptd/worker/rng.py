@@ -10,6 +10,7 @@ few microseconds, not a walk over 625 numbers.
 from __future__ import annotations
 
 import base64
+import json
 import random
 from collections.abc import Callable
 from typing import Any, Final
@@ -203,7 +204,7 @@ class Packer:
     def changed(self) -> tuple[bytes | None, bytes | None, bytes | None]:
         """Each state that differs from the last call's; None where nothing changed."""
         if self._readers is None:  # in the worker itself, after the user's worker_init_fn
-            self._readers = peek.python_reader(), peek.numpy_reader()
+            self._readers = peek.python_reader(), peek.NumpyReader(_pack_other_numpy)
         python, numpy = self._readers
         now = (python(), numpy(), _torch_bytes(torch.get_rng_state()))
         sent = tuple(b if b != old else None for b, old in zip(now, self._last, strict=True))
@@ -215,8 +216,16 @@ def restore_packed(packed: Packed) -> None:
     """Set this process's global generators to what `Packer` packed."""
     python, numpy, torch_ = packed
     random.setstate(peek.unpack_python(python))
-    np.random.set_state(peek.unpack_numpy(numpy))  # the global stream
+    is_twister = len(numpy) == peek.NUMPY_BYTES
+    np.random.set_state(  # the global stream
+        peek.unpack_numpy(numpy) if is_twister else _unplain(json.loads(numpy))
+    )
     torch.set_rng_state(_torch_state(torch_))
+
+
+def _pack_other_numpy() -> bytes:
+    """The global numpy stream where `numpy.random.set_bit_generator` made it another kind."""
+    return json.dumps(_plain(np.random.get_state(legacy=False))).encode()
 
 
 # ------------------------------------------------------------------ bytes and JSON

@@ -19,6 +19,10 @@ def restored():
     rng.restore_global(states)
 
 
+def numpy_reader() -> peek.NumpyReader:
+    return peek.NumpyReader(lambda: b"another kind")
+
+
 def test_the_quick_way_works_here() -> None:
     """On this Python and numpy the quick way is taken."""
     assert peek._python_offset() is not None
@@ -28,7 +32,7 @@ def test_the_quick_way_works_here() -> None:
 def test_equal_over_mixed_draws() -> None:
     """After every one of thousands of draws of all kinds, seeds and restored states."""
     choose = random.Random(3)
-    python, numpy = peek.python_reader(), peek.numpy_reader()
+    python, numpy = peek.python_reader(), numpy_reader()
     saved = random.getstate(), np.random.get_state()
     draws = [
         random.random,
@@ -87,13 +91,33 @@ def test_only_what_changed() -> None:
     assert numpy is not None
 
 
-def test_another_bit_generator() -> None:
-    """Where the global numpy stream is of another kind, the public way is taken."""
-    instance = np.random.mtrand._rand
-    assert type(instance._bit_generator) is np.random.MT19937
-    offset = peek._numpy_offset
-    peek._numpy_offset = lambda: None
-    try:
-        assert peek.numpy_reader()() == peek.pack_numpy(np.random.get_state())
-    finally:
-        peek._numpy_offset = offset
+def test_without_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the states lie elsewhere, the public way gives the same."""
+    monkeypatch.setattr(peek, "_numpy_offset", lambda: None)
+    monkeypatch.setattr(peek, "_python_offset", lambda: None)
+    assert numpy_reader()() == peek.pack_numpy(np.random.get_state())
+    assert peek.python_reader()() == peek.pack_python(random.getstate())
+
+
+@pytest.fixture
+def bit_generator():
+    """Puts the global stream's own bit generator back."""
+    before = np.random.mtrand._rand._bit_generator
+    yield
+    np.random.set_bit_generator(before)
+
+
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64, np.random.Philox])
+def test_another_bit_generator(bit_generator: None, kind: type) -> None:
+    """A bit generator that is put in the place of the global stream's is seen at once."""
+    packer = rng.Packer()
+    packer.changed()
+    np.random.set_bit_generator(kind(5))
+    np.random.randn()
+    python, numpy, torch_ = packer.changed()
+    assert (python, torch_) == (None, None)
+    packed = rng.Packer().changed()
+    assert packed[1] == numpy
+    expected = draw()
+    rng.restore_packed(packed)
+    assert draw() == expected
