@@ -29,7 +29,8 @@ seed that they were started with is drawn again from the state that it was drawn
 loader's first round asks its sampler twice.
 
 With `num_workers=0` nothing has to be sent: the process's own generators are captured anyway, and
-the user's own loader is iterated over.
+the user's own loader is iterated over; a dataset that is replayed finds the random streams as it
+found them (`tape`).
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class LoaderFeed(Feed):
         self._stateful = _is_iterable(loader) and _is_stateful(loader.dataset)
         self._replayed = _is_iterable(loader) and not self._stateful
         self._tape = Tape(TAPE_BYTES_MAX, self._say)
-        for path, owner, state in self._owned(super().hidden()):
+        for path, owner, state in self._owned(self.states()):
             _sightings.sight(owner, path, state, iterated=self._shared.rounds > 0)
 
     def shares(self, other: LoaderFeed) -> set[str]:
@@ -281,7 +282,7 @@ class LoaderFeed(Feed):
     def hidden(self) -> dict[str, Json]:
         return {
             path: _sightings.noted(owner, path, state)
-            for path, owner, state in self._owned(super().hidden())
+            for path, owner, state in self._owned(self.states())
         }
 
     def worker_streams(self) -> dict[str, Any]:
@@ -301,7 +302,7 @@ class LoaderFeed(Feed):
         self, states: dict[str, Json], restored: dict[int, object], existing: Existing | None = None
     ) -> None:
         made = None if existing is None or self.loader in existing else existing
-        now = {path: (owner, state) for path, owner, state in self._owned(super().hidden())}
+        now = {path: (owner, state) for path, owner, state in self._owned(self.states())}
         untouched = {}
         for path, state in states.items():
             owner, found = now.get(path, (None, None))

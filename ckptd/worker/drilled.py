@@ -311,7 +311,7 @@ def _place(frames: list[Frame]) -> str:
 def _loader_streams(frame: Frame) -> dict[str, Any]:
     """The random states behind one loop's items, by a name for people."""
     feed = frame.feed
-    found: dict[str, Any] = {f"`{path}`": state for path, state in feed.hidden().items()}
+    found: dict[str, Any] = {f"`{path}`": state for path, state in feed.states().items()}
     if isinstance(feed, dataloader.LoaderFeed):
         found |= feed.worker_streams()
     return found

@@ -80,6 +80,10 @@ class Feed(ABC):
         return {}
 
     def hidden(self) -> dict[str, Json]:
+        """`states`, and whatever else is known of each, for `set_hidden` in a later process."""
+        return self.states()
+
+    def states(self) -> dict[str, Json]:
         """The state of those generators, and the counters of samplers, by their path."""
         roots = self.roots()
         states = {path: rng.capture(found) for path, found in find_generators(roots).items()}
