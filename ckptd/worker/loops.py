@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final, Literal, Protocol
 
 from ckptd import wire
@@ -82,6 +83,7 @@ class Frame:
         "finished",
         "handed",
         "handed_feed",
+        "handed_hidden",
         "nests",
         "ordinal",
         "pending",
@@ -103,6 +105,7 @@ class Frame:
         self.pending: Frozen | None = None  # where the feed is to be put, and is not yet
         self.handed: Moment | None = None
         self.handed_feed: Frozen | None = None
+        self.handed_hidden: dict[str, Json] = {}
         self.nests = True  # until an item without a loop in it shows otherwise
         self.surely_nests = False
         self.children = 0
@@ -132,6 +135,7 @@ class SavedLoop:
         handed, handed_feed, entry = record["handed"], record["handed_feed"], record["entry"]
         self.handed = None if handed is None else Moment.read(reader, handed)
         self.handed_feed = None if handed_feed is None else reader.frozen(handed_feed)
+        self.handed_hidden: dict[str, Json] = record["handed_hidden"]
         self.entry = None if entry is None else Entry(entry["generators"], entry["hidden"])
         self.finished = {
             int(ordinal): Moment.read(reader, moment)
@@ -157,6 +161,8 @@ class Loops:
         self._loaders: dict[str, dataloader.LoaderFeed] = {}
         self._made_anew: dict[str, set[str]] = {}  # the generators that outlived the last loader
         self._restored: dict[int, object] = {}
+        # The open loops that were found again, and what belongs to them at the resume point.
+        self._rejoined: list[tuple[Feed, dict[str, Json]]] = []
         self._saved_loaders: dict[str, tuple[dict[str, Json], Frozen]] = {}
         self._existing: dataloader.Existing | None = None  # when the resume point was reached
 
@@ -244,6 +250,7 @@ class Loops:
                     self._answer()
                 if frame.nests:
                     frame.handed, frame.handed_feed = host.moment(), frame.feed.position()
+                    frame.handed_hidden = frame.feed.hidden()
                 frame.children = 0
                 if frame.finished:
                     frame.finished = {}
@@ -305,15 +312,22 @@ class Loops:
             return iterator
         assert saved.handed is not None, "the same"
         frame.handed, frame.handed_feed = saved.handed, saved.handed_feed
+        frame.handed_hidden = saved.handed_hidden
         frame.nests = frame.surely_nests = True
         self._host.apply(saved.handed)
+        frame.feed.set_hidden(saved.handed_hidden)
+        self._rejoined.append((frame.feed, saved.hidden))
         return iterator
 
     def _restore_here(self, frame: Frame, saved: SavedLoop) -> None:
         """The resume point: everything is what it was, and the plan is done."""
         self._host.restore_everything()
-        frame.feed.set_hidden(saved.hidden)
-        known = [*self._host.targets(), *frame.feed.generators()]
+        self._rejoined.append((frame.feed, saved.hidden))
+        known = self._host.targets()
+        for feed, hidden in self._rejoined:
+            feed.set_hidden(hidden)
+            known += feed.generators()
+        self._rejoined = []
         known += [one for stream in self._streams.values() for one in stream.generators()]
         self._restored.update((id(target), target) for target in known)
         self._existing = dataloader.Existing() if self._saved_loaders else None
@@ -487,6 +501,7 @@ class Loops:
             "entry": None if frame.entry is None else frame.entry.entry(),
             "handed": None if handed is None else handed.entry(writer),
             "handed_feed": None if handed_feed is None else writer.add("loops", handed_feed),
+            "handed_hidden": {} if innermost else frame.handed_hidden,
             "hidden": frame.feed.hidden(),
             "feed": writer.add("loops", frame.pending or frame.feed.position()),
             "finished": {} if innermost else _moments(frame.finished, writer),
@@ -578,9 +593,9 @@ class Stream:
 
     def position(self) -> StreamPosition:
         """Where the stream is."""
-        if self._back is not None:
-            return self._back
         feed = self._feed
+        if self._back is not None:  # no item was taken since; others may have drawn meanwhile
+            return replace(self._back, hidden=feed.hidden())
         return StreamPosition(self._done, self._begun, feed.position(), feed.hidden())
 
     def put_back(self, position: StreamPosition | None) -> None:
