@@ -46,7 +46,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeGuard
 
 import torch
 import xxhash
@@ -127,6 +127,7 @@ class LoaderFeed(Feed):
             )
         self.loader = loader
         self.length = length_of(loader)
+        self.likeness = likeness_of(loader)
         self._say = say or _say_here
         self._shared = _shared_of(loader)
         self._over = False  # whether its dataset has ended (without workers)
@@ -141,6 +142,15 @@ class LoaderFeed(Feed):
         theirs = find_generators(other.roots())
         mine = find_generators(self.roots())
         return {path for path, one in mine.items() if theirs.get(path) is one}
+
+    def is_that_of(self, likeness: str, hidden: dict[str, Json]) -> bool:
+        """Whether it looks like a loader of the interrupted process, as found by its first loop."""
+        if likeness != self.likeness:
+            return False
+        states = self.states()
+        return states.keys() == hidden.keys() and all(
+            _digest(state) == hidden[path]["first"] for path, state in states.items()
+        )
 
     @property
     def used(self) -> bool:
@@ -510,6 +520,10 @@ class Existing:
         held = [*gc.get_referents(*objects), *_in_running_functions()]
         self._generators = {id(one): one for one in held if issubclass(type(one), rng.GENERATORS)}
 
+    def loaders(self) -> list[DataLoader[Any]]:
+        """The loaders among it."""
+        return [one for one in self._owners if carries(one)]
+
     def __contains__(self, one: object) -> bool:
         return id(one) in self._generators or (_is_owner(one) and one in self._owners)
 
@@ -533,7 +547,14 @@ def _is_owner(one: object) -> bool:
     return issubclass(type(one), DataLoader | Sampler)
 
 
-def carries(loader: object) -> bool:
+def likeness_of(loader: DataLoader[Any]) -> str:
+    """What tells a loader from the script's others, also in a later process."""
+    types = type(loader.dataset).__qualname__, type(loader.sampler).__qualname__
+    counts = length_of(loader.dataset), loader.batch_size, loader.num_workers
+    return repr((*types, *counts, loader.persistent_workers))
+
+
+def carries(loader: object) -> TypeGuard[DataLoader[Any]]:
     """Whether this is a loader whose iteration is that of `DataLoader` itself."""
     return (
         isinstance(loader, DataLoader)

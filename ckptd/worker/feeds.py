@@ -48,10 +48,12 @@ class Feed(ABC):
     Attributes:
         kind: for errors, when a checkpoint was made over another kind of iterable.
         length: how many items there are; None when that can't be known.
+        likeness: what tells it from others of its kind in a later process; "": nothing does.
     """
 
     kind: str
     length: int | None = None
+    likeness = ""
 
     @abstractmethod
     def fresh(self) -> Iterator[Any]:

@@ -431,7 +431,7 @@ class LaunchedJob(Job):
         self._outputs.expect(document["outputs"])
         self._restore_vars(self._reader.frozen(document["vars"]))
         self._values = dict(document["values"])
-        self._loops.begin_resuming(self._reader, document["position"])
+        self._loops.begin_resuming(self._reader, document["position"], document["streams"])
 
     def _restore_early(self, carrier: Carrier) -> None:
         """At `track`: what fits is restored; what the script still has to rebuild waits."""

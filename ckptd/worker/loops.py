@@ -24,9 +24,12 @@ answered when the item is done.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
+
+from torch.utils.data import DataLoader
 
 from ckptd import wire
 from ckptd.errors import CannotCarryError, LoopChangedError, ResumePointMissedError
@@ -143,6 +146,14 @@ class SavedLoop:
         }
 
 
+class SavedLoader(NamedTuple):
+    """What is known of a loader of the interrupted process that this one has not found yet."""
+
+    likeness: str
+    hidden: dict[str, Json]
+    feed: Frozen
+
+
 class Loops:
     """All resumable loops and streams of one job.
 
@@ -163,7 +174,14 @@ class Loops:
         self._restored: dict[int, object] = {}
         # The open loops that were found again, and what belongs to them at the resume point.
         self._rejoined: list[tuple[Feed, dict[str, Json]]] = []
-        self._saved_loaders: dict[str, tuple[dict[str, Json], Frozen]] = {}
+        self._saved_loaders: dict[str, SavedLoader] = {}
+        self._places: list[str] = []  # of all loaders and streams that were saved
+        # Loops that were over, and the loaders that were there when they were skipped.
+        self._skipped: dict[str, weakref.WeakSet[DataLoader[Any]]] = {}
+        # Positions of loaders that were found by `_find_skipped`, until they are used.
+        self._found: weakref.WeakKeyDictionary[DataLoader[Any], Frozen] = (
+            weakref.WeakKeyDictionary()
+        )
         self._existing: dataloader.Existing | None = None  # when the resume point was reached
 
     # -------------------------------------------------------------- what the script calls
@@ -331,7 +349,32 @@ class Loops:
         known += [one for stream in self._streams.values() for one in stream.generators()]
         self._restored.update((id(target), target) for target in known)
         self._existing = dataloader.Existing() if self._saved_loaders else None
+        self._find_skipped()
         self.plan = []
+
+    def _find_skipped(self) -> None:
+        """Give loaders what is theirs whose loops lie in a loop that is over; see `_skip`.
+
+        No such loop is begun again, but a later one may go over the same loader. It is known by
+        what it is like, if it was there before that loop and still is, and is the only one.
+        """
+        saved: dict[str, SavedLoader | StreamPosition] = {
+            **self._saved_loaders,
+            **self._saved_streams,
+        }
+        theirs: dict[dataloader.LoaderFeed, dict[str, SavedLoader | StreamPosition]] = {}
+        for over, loaders in self._skipped.items():
+            found = [dataloader.LoaderFeed(loader, self._host.say) for loader in loaders]
+            for place, one in saved.items():
+                like = [feed for feed in found if feed.is_that_of(one.likeness, one.hidden)]
+                if _lies_in(place, over) and len(like) == 1:
+                    theirs.setdefault(like[0], {})[place] = one
+        for feed, records in theirs.items():
+            hidden = next(iter(records.values())).hidden
+            if all(one.hidden == hidden for one in records.values()):
+                feed.adopt_hidden(hidden, self._restored)
+                for place in records.keys() & self._saved_loaders.keys():
+                    self._found[feed.loader] = self._saved_loaders.pop(place).feed
 
     def _leave(self, frame: Frame, parent: Frame) -> None:
         """Exhausted, broken out of, or left by an exception: the loop is over."""
@@ -363,9 +406,11 @@ class Loops:
         place = f"{self._place()}.{ordinal}" if len(self._stack) > 1 else str(ordinal)
         feed = self._feed(items)
         self._note_loader(place, feed)
+        if any(_lies_in(one, place) for one in self._places):
+            self._skipped[place] = weakref.WeakSet(dataloader.Existing().loaders())
         position = self._adopt(place, feed)
         if position is not None:  # for when a loop over it is begun
-            self._saved_loaders[place] = ({}, position)
+            self._saved_loaders[place] = SavedLoader(feed.likeness, {}, position)
         moment = parent.finished.get(ordinal)
         if moment is not None:
             self._host.apply(moment)
@@ -378,15 +423,24 @@ class Loops:
 
     # -------------------------------------------------------------- finding the position again
 
-    def begin_resuming(self, reader: Reader, position: dict[str, Json]) -> None:
-        """Take over a checkpoint's position; the script has not opened a loop yet."""
+    def begin_resuming(
+        self, reader: Reader, position: dict[str, Json], streams: Iterable[str]
+    ) -> None:
+        """Take over a checkpoint's position; the script has not opened a loop yet.
+
+        Args:
+            reader: the checkpoint.
+            position: what `record` gave.
+            streams: the keys of `stream_positions`.
+        """
         self.plan = [SavedLoop(reader, record) for record in position["levels"]]
         self.step = position["step"]
         self._host.words[wire.WORD_STEP] = self.step
         self._saved_loaders = {
-            place: (record["hidden"], reader.frozen(record["feed"]))
+            place: SavedLoader(record["likeness"], record["hidden"], reader.frozen(record["feed"]))
             for place, record in position["loaders"].items()
         }
+        self._places = [*self._saved_loaders, *streams]
         self._stack[0].finished = {
             int(ordinal): Moment.read(reader, moment)
             for ordinal, moment in position["finished"].items()
@@ -443,13 +497,28 @@ class Loops:
 
     def _adopt(self, place: str, feed: Feed) -> Frozen | None:
         """Set what belongs to a place's loader to what was saved, once; and where it was."""
-        hidden, position = self._saved_loaders.pop(place, ({}, None))
+        saved = self._saved_loaders.pop(place, None)
         if not isinstance(feed, dataloader.LoaderFeed):
             return None
-        feed.adopt_hidden(hidden, self._restored, self._existing)
+        if saved is None and not feed.used and feed.loader not in self._found:
+            self._warn_of_others(feed)
+        feed.adopt_hidden({} if saved is None else saved.hidden, self._restored, self._existing)
+        position = self._found.pop(feed.loader, None if saved is None else saved.feed)
         # One that was made after the resume point was made in each item before it, too.
         made = self._existing is not None and feed.loader not in self._existing
         return None if made or feed.used else position
+
+    def _warn_of_others(self, feed: dataloader.LoaderFeed) -> None:
+        """A loader may be one that a loop that is over went over, and others may be it as well."""
+        for place, one in self._saved_loaders.items():
+            like = one.hidden and feed.is_that_of(one.likeness, one.hidden)
+            if like and any(_lies_in(place, over) for over in self._skipped):
+                self._host.say(
+                    "two DataLoaders are alike, and a loop that is over used one of them: which "
+                    "one can't be told. If a later loop goes over it again, track its random "
+                    "generator (`job.track(sampling=generator)`), else its order may be wrong"
+                )
+                return
 
     def restore_streams(self, positions: dict[str, StreamPosition]) -> None:
         """Put every stream to its position; one that has none starts over."""
@@ -474,17 +543,22 @@ class Loops:
 
     def _record_loaders(self, writer: Writer) -> dict[str, Json]:
         """Every loader's generators and workers; of those not used again yet, what was saved."""
-        positions = {place: saved[1] for place, saved in self._saved_loaders.items()}
-        hidden = {place: saved[0] for place, saved in self._saved_loaders.items()}
+        positions = {place: saved.feed for place, saved in self._saved_loaders.items()}
+        hidden = {place: saved.hidden for place, saved in self._saved_loaders.items()}
+        likeness = {place: saved.likeness for place, saved in self._saved_loaders.items()}
         for place, feed in self._loaders.items():
-            hidden[place] = feed.hidden()
+            hidden[place], likeness[place] = feed.hidden(), feed.likeness
             if place in self._made_anew:
                 outlived = self._made_anew[place]
                 hidden[place] = {k: v for k, v in hidden[place].items() if k in outlived}
             if feed.used or place not in positions:  # else what was saved is still to be adopted
                 positions[place] = feed.position()
         return {
-            place: {"hidden": hidden[place], "feed": writer.add("loops", position)}
+            place: {
+                "likeness": likeness[place],
+                "hidden": hidden[place],
+                "feed": writer.add("loops", position),
+            }
             for place, position in positions.items()
         }
 
@@ -596,7 +670,9 @@ class Stream:
         feed = self._feed
         if self._back is not None:  # no item was taken since; others may have drawn meanwhile
             return replace(self._back, hidden=feed.hidden())
-        return StreamPosition(self._done, self._begun, feed.position(), feed.hidden())
+        return StreamPosition(
+            self._done, self._begun, feed.position(), feed.hidden(), feed.likeness
+        )
 
     def put_back(self, position: StreamPosition | None) -> None:
         """Go back to a position at the next item; None: start over.
@@ -631,6 +707,11 @@ class Stream:
             self._done = position.done
             rng.restore_global(now)
             self._feed.set_hidden(hidden)
+
+
+def _lies_in(place: str, loop: str) -> bool:
+    """Whether a loader's place, or a stream's key, lies within a loop's items."""
+    return place.startswith((f"{loop}.", f"{loop}/"))
 
 
 def _thawed(frozen: Frozen) -> Any:

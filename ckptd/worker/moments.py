@@ -99,13 +99,14 @@ class Entry:
 class StreamPosition:
     """Where a `job.stream` is: items taken since its iterator was begun, and how to begin it again.
 
-    `begun` is None when the current round's iterator was not begun yet.
+    `begun` is None when the current round's iterator was not begun yet. `likeness` is the feed's.
     """
 
     done: int
     begun: Entry | None
     feed: Frozen
     hidden: dict[str, Json]
+    likeness: str
 
     def entry(self, writer: Writer) -> dict[str, Json]:
         """As part of `state.json`."""
@@ -114,6 +115,7 @@ class StreamPosition:
             "begun": None if self.begun is None else self.begun.entry(),
             "feed": writer.add("loops", self.feed),
             "hidden": self.hidden,
+            "likeness": self.likeness,
         }
 
     @classmethod
@@ -125,4 +127,5 @@ class StreamPosition:
             None if begun is None else Entry(begun["generators"], begun["hidden"]),
             reader.frozen(entry["feed"]),
             entry["hidden"],
+            entry["likeness"],
         )

@@ -111,8 +111,8 @@ class Script:
         )
         job.vars(total=0)
         # Each outermost statement has loaders of its own; "shared" is everybody's.
-        self.loaders = [loaders() for _ in range(_OUTERMOST)]
-        self.shared = loaders()["loader0"]
+        self.loaders = [loaders(10 * number) for number in range(_OUTERMOST)]
+        self.shared = loaders(10 * _OUTERMOST)["loader0"]
         self.streams = {
             "s": job.stream(DataLoader(Numbers(3, random.Random(8)), shuffle=True)),
             "t": job.stream("abc"),
@@ -268,20 +268,20 @@ class Script:
         return self.loaders[int(re.match(r"\.(\d+)", path)[1])][name]
 
 
-def loaders():
-    """All kinds, new."""
+def loaders(seed):
+    """All kinds, new; those of other seeds are not alike."""
     return {
-        "loader0": DataLoader(Numbers(5, random.Random(2)), batch_size=2, shuffle=True),
+        "loader0": DataLoader(Numbers(5, random.Random(seed)), batch_size=2, shuffle=True),
         **{
             f"loader1 {level}": DataLoader(Numbers(5), batch_size=2, shuffle=True, num_workers=1)
             for level in range(_LEVELS)
         },
         "sampler": DataLoader(
             Numbers(4),
-            sampler=RandomSampler(range(4), generator=torch.Generator().manual_seed(3)),
-            generator=torch.Generator().manual_seed(4),
+            sampler=RandomSampler(range(4), generator=torch.Generator().manual_seed(seed + 1)),
+            generator=torch.Generator().manual_seed(seed + 2),
         ),
-        "beside": DataLoader(Numbers(3, random.Random(6)), batch_size=2, shuffle=True),
+        "beside": DataLoader(Numbers(3, random.Random(seed + 3)), batch_size=2, shuffle=True),
     }
 
 

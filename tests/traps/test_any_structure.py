@@ -46,7 +46,7 @@ QUIET = st.sampled_from([["draw", "random"], ["draw", "numpy"], ["draw", "own"],
 OVER = st.sampled_from(
     [
         *("range", "list", "enumerate", "numbered", "restart", "evaluation", "silent"),
-        *("loader0", "loader0", "loader1", "sampler"),
+        *("loader0", "loader0", "shared", "loader1", "sampler"),
     ]
 )
 LEAVE = st.one_of(
@@ -198,16 +198,26 @@ def stage(over: str, *body: list) -> list:
     return ["loop", "range", 1, [*body, ["loop", over, 1, []]]]
 
 
-@pytest.mark.xfail(strict=True, reason="nothing says that it is the same loader")
-def test_a_loader_of_a_finished_stage(forks: Forks) -> None:
-    """A loader's own generators go on in a second stage that was interrupted before its use."""
-    forks([stage("shared"), stage("shared", ["loop", "range", 1, [["add"]]])], [3])
-
-
 #: Found by the search, reduced; they failed once.
 FOUND = {
     "an outer loader's own generator": (
         [["loop", "loader0", 2, [["loop", "range", 1, [["add"]]]]]],
+        [4],
+    ),
+    "a loader of a stage that is over": (
+        [stage("shared"), stage("shared", ["loop", "range", 1, [["add"]]])],
+        [3],
+    ),
+    "a stream's loader of a loop that is over": (
+        [
+            [
+                *("loop", "range", 3),
+                [
+                    ["loop", "range", 1, [["zip", "range", 1, []]]],
+                    ["loop", "evaluation", 1, [["zip", "enumerate", 1, []]]],
+                ],
+            ]
+        ],
         [4],
     ),
     "a stream that waits": (
