@@ -491,13 +491,16 @@ def objects(run):
         ring=ring,
         sobol=sobol,
     )
-    run.job.track(statistics=statistics)
+    boxed = {"numpy": np.random.default_rng(11), "python": [random.Random(12)]}
+    first, second = boxed["numpy"], boxed["python"][0]  # the script's own names for them
+    run.job.track(statistics=statistics, boxed=boxed)
     run.job.vars(history=[], nothing=None, infinite=float("-inf"), big=2**80, pair=(1, "x"))
     for step in run.job.loop(range(STEPS)):
         drawn = [float(g.random()) for g in generators.values()]
         child = spawning.spawn(1)[0]
         drawn += [float(child.random()), own["python"].gauss(0, 1), own["legacy"].standard_normal()]
         drawn += [torch.rand(1, generator=own["torch"]).item(), *sobol.draw(1)[0].tolist()]
+        drawn += [float(first.random()), second.random()]
         run.trace("drawn", step, *(x.hex() for x in drawn))
         counts[step % 3] += 1
         ordered[step] = step
