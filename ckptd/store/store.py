@@ -13,6 +13,7 @@ Rules (FORMAT.md has them as invariants of what is on the disk):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,12 +145,12 @@ def _publish(
     created: float,
     fence: Callable[[], None],
 ) -> Checkpoint:
-    sums = {}
-    for name, content in files.items():
-        # A crash while writing leaves a temporary directory, which nobody reads.
-        disk.write(temporary / name, content)
-        view = memoryview(content).cast("B")
-        sums[name] = File(len(view), manifests.sum_of(view))
+    with ThreadPoolExecutor(1, "sums") as beside:  # summing takes the processor, writing the disk
+        summing = {name: beside.submit(_described, content) for name, content in files.items()}
+        for name, content in files.items():
+            # A crash while writing leaves a temporary directory, which nobody reads.
+            disk.write(temporary / name, content)
+        sums = {name: one.result() for name, one in summing.items()}
     for name in files:
         # A power cut after the rename must not find files that are empty or torn.
         disk.sync(temporary / name)
@@ -166,6 +167,11 @@ def _publish(
     # A power cut after the receipt must find the new name.
     disk.sync_directory(target.parent)
     return Checkpoint(target, manifest)
+
+
+def _described(content: Content) -> File:
+    with memoryview(content) as whole, whole.cast("B") as view:
+        return File(len(view), manifests.sum_of(view))
 
 
 def newest(disk: Disk, checkpoints: Path) -> tuple[Checkpoint | None, list[SetAside]]:

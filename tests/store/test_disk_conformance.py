@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import mmap
 import os
 from pathlib import Path
 
@@ -210,3 +213,95 @@ def test_faults_strike_where_they_should(tmp_path: Path, how: str) -> None:
     else:
         with pytest.raises(PowerCut if "cut" in how else OSError):
             disk.size(tmp_path / "a")
+
+
+# ------------------------------------------------------------------ past the page cache
+
+SIZES = [1 << 20, (1 << 20) + 1, (17 << 20) + 4095, (33 << 20) + 4096]
+
+
+@pytest.fixture(scope="module")
+def memory() -> mmap.mmap:
+    """Memory as snapshots lie in it, filled so that each block is another."""
+    length = max(SIZES) + 4096
+    mapping = mmap.mmap(-1, length)
+    for at in range(0, length, 4096):
+        mapping[at : at + 8] = at.to_bytes(8, "little")
+    return mapping
+
+
+@pytest.fixture
+def direct_writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The offsets at which anything was written past the page cache."""
+    offsets: list[int] = []
+    pwrite = os.pwrite
+
+    def noted(descriptor: int, content: memoryview, offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            offsets.append(offset)
+        return pwrite(descriptor, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", noted)
+    return offsets
+
+
+@pytest.mark.parametrize("length", SIZES)
+@pytest.mark.parametrize("start", [0, 4096, 100], ids=["aligned", "second block", "not aligned"])
+def test_large_content(
+    memory: mmap.mmap, direct_writes: list[int], tmp_path: Path, start: int, length: int
+) -> None:
+    """Large content arrives whole, whether or not the file system takes it directly."""
+    with memoryview(memory)[start : start + length] as content:
+        RealDisk().write(tmp_path / "large", content)
+        assert (tmp_path / "large").read_bytes() == content
+    if start % 4096 == 0 and _takes_direct(tmp_path):
+        assert min(direct_writes) == 0
+        assert len(direct_writes) >= -(-(length - 4095) // (16 << 20))
+
+
+def test_small_content_is_not_direct(direct_writes: list[int], tmp_path: Path) -> None:
+    """What is small goes through the page cache: blocks would cost more than they spare."""
+    RealDisk().write(tmp_path / "small", b"x" * 5000)
+    assert not direct_writes
+
+
+def test_refused_in_the_middle(
+    memory: mmap.mmap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file system that refuses direct writes late still gets every byte."""
+    pwrite = os.pwrite
+
+    def refuses(descriptor: int, content: memoryview, offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT and offset:
+            raise OSError(errno.EINVAL, "refused")
+        return pwrite(descriptor, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuses)
+    with memoryview(memory)[: 33 << 20] as content:
+        RealDisk().write(tmp_path / "large", content)
+        assert (tmp_path / "large").read_bytes() == content
+
+
+def test_direct_failure_is_raised(
+    memory: mmap.mmap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A full disk is said, also when one of several threads met it."""
+
+    def full(descriptor: int, content: memoryview, offset: int) -> int:
+        if offset >= 16 << 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return len(content)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with memoryview(memory)[: 33 << 20] as content, pytest.raises(OSError, match="No space"):
+        RealDisk().write(tmp_path / "large", content)
+
+
+def _takes_direct(path: Path) -> bool:
+    probe = path / "probe"
+    probe.touch()
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
