@@ -11,9 +11,11 @@ A snapshot lies in a memfd that the supervisor holds too. Rules:
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from typing import Final
 
 from ckptd.host import memory
@@ -28,10 +30,16 @@ class Arena:
         self.descriptor = memory.make("ckptd-snapshot", length)
         self.length = length
         self.mapping = mmap.mmap(self.descriptor, length)
+        # The address stays as long as the mapping; the view that gave it must not, or it could
+        # never be closed.
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.mapping))
         self.holders = 0
+        self.unpin: Callable[[], object] | None = None  # of who pinned it for a GPU
 
     def close(self) -> None:
         """Let go of it; who else holds the descriptor keeps its own."""
+        if self.unpin is not None:
+            self.unpin()
         self.mapping.close()
         os.close(self.descriptor)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import gc
 import multiprocessing
 import os
 import sys
@@ -35,7 +36,7 @@ from ckptd.worker.link import Link
 from ckptd.worker.loops import Loops
 from ckptd.worker.moments import Moment, StreamPosition
 from ckptd.worker.outputs import Outputs
-from ckptd.worker.snapshot import Reader, Writer
+from ckptd.worker.snapshot import Layouts, Reader, Writer
 from ckptd.worker.state import Carrier, ObjectCarrier, ParameterNames, Parts, Saved, carrier_for
 from ckptd.worker.tree import Frozen, Json
 
@@ -187,6 +188,7 @@ class LaunchedJob(Job):
         super().__init__()
         facts = environment.facts()
         self._arenas = Arenas()
+        self._layouts = Layouts()
         hello = wire.Hello(wire.PROTOCOL, os.getpid(), _rank(), _world_size(), facts)
         self._link = Link(address, hello, self._arenas)
         welcome = self._link.welcome
@@ -365,6 +367,17 @@ class LaunchedJob(Job):
 
     def _capture(self) -> _Captured:
         """The whole state in a memfd."""
+        # Thousands of small objects are made here, and none of them in a cycle: looking for those
+        # again and again would take longer than all the rest.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return self._capture_now()
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _capture_now(self) -> _Captured:
         writer = Writer()
         carriers, naming = self._carriers_and_names()
         components: dict[str, Json] = dict(self._carry_on_unclaimed(writer))
@@ -388,7 +401,7 @@ class LaunchedJob(Job):
             "outputs": lengths,
             "values": _shown(self._values),
         }
-        arena, extents = writer.write(document, self._arenas)
+        arena, extents = writer.write(document, self._arenas, self._layouts)
         return _Captured(arena, self._loops.step, extents, list(lengths))
 
     def _carry_on_unclaimed(self, writer: Writer) -> Iterator[tuple[str, Json]]:

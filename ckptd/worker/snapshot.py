@@ -11,7 +11,6 @@ bits as bits, to its place in the memfd.
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +23,8 @@ from safetensors import safe_open
 from ckptd import wire
 from ckptd.errors import DamagedError
 from ckptd.store import image
-from ckptd.worker import tree
 from ckptd.worker.arena import Arena, Arenas
+from ckptd.worker.copies import Copies
 from ckptd.worker.state import Saved
 from ckptd.worker.tree import Frozen, Json
 
@@ -58,7 +57,8 @@ class Writer:
 
     def __init__(self) -> None:
         self._files: dict[str, dict[str, torch.Tensor]] = {}
-        self._placed: dict[tuple[Any, ...], list[Json]] = {}
+        # By address: the tensors that begin there, and where each is.
+        self._placed: dict[int, list[tuple[torch.Tensor, list[Json]]]] = {}
 
     def add(self, file: str, frozen: Frozen, *, own: bool = False) -> dict[str, Json]:
         """The entry for a captured value.
@@ -73,13 +73,12 @@ class Writer:
         return {"tree": frozen.tree, "tensors": refs}
 
     def _place(self, file: str, name: str, tensor: torch.Tensor, *, own: bool) -> list[Json]:
-        same = (
-            (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-            if tensor.numel()
-            else None
-        )
-        if same in self._placed and not own:
-            return self._placed[same]
+        address = tensor.data_ptr()
+        same = self._placed.get(address, ())
+        if not own:
+            for other, placed in same:
+                if _is_same(tensor, other):
+                    return placed
         tensors = self._files.setdefault(file, {})
         key, number = name, 2
         while key in tensors:
@@ -88,18 +87,20 @@ class Writer:
         ref: list[Json] = [file, key]
         if tensor.dtype not in _DTYPES:
             ref += [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-        if same is not None:
-            self._placed.setdefault(same, ref)
+        if not any(_is_same(tensor, other) for other, _ in same):
+            self._placed[address] = [*same, (tensor, ref)]
         return ref
 
-    def write(self, document: dict[str, Json], arenas: Arenas) -> tuple[Arena, list[wire.Extent]]:
+    def write(
+        self, document: dict[str, Json], arenas: Arenas, layouts: Layouts
+    ) -> tuple[Arena, list[wire.Extent]]:
         """Lay everything out in a memory that nobody reads.
 
         Returns:
             The memory, which the caller lets go of, and where in it each file is.
         """
         text = msgspec.json.encode(document)
-        images = {file: _layout(tensors) for file, tensors in self._files.items()}
+        images = {file: layouts.layout(file, tensors) for file, tensors in self._files.items()}
         extents = []
         end = 0
         for name, length in [(STATE, len(text)), *((f, i.length) for f, i in images.items())]:
@@ -108,12 +109,44 @@ class Writer:
         arena = arenas.take(end)
         try:
             arena.mapping[: len(text)] = text
+            copies = Copies(arena)
             for extent in extents[1:]:
-                _fill(arena.mapping, extent.offset, images[extent.name], self._files[extent.name])
+                header, tensors = images[extent.name].header, self._files[extent.name]
+                arena.mapping[extent.offset : extent.offset + len(header)] = header
+                for offset, tensor in zip(
+                    images[extent.name].offsets, tensors.values(), strict=True
+                ):
+                    copies.add(extent.offset + offset, tensor)
+            copies.finish()
         except BaseException:
             arenas.let_go(arena)
             raise
         return arena, extents
+
+
+class Layouts:
+    """Where the tensors of each file lie; kept while names, types and shapes stay the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[list[Any], image.Image]] = {}
+
+    def layout(self, file: str, tensors: dict[str, torch.Tensor]) -> image.Image:
+        """A file's layout."""
+        wanted: list[Any] = [(key, t.dtype, t.shape) for key, t in tensors.items()]
+        known = self._known.get(file)
+        if known is None or known[0] != wanted:
+            known = self._known[file] = wanted, _layout(tensors)
+        return known[1]
+
+
+def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors that begin at one address are the same elements."""
+    return tensor is other or (
+        tensor.dtype == other.dtype
+        and tensor.shape == other.shape
+        and tensor.stride() == other.stride()
+        and tensor.device == other.device
+    )
 
 
 def _layout(tensors: dict[str, torch.Tensor]) -> image.Image:
@@ -124,20 +157,6 @@ def _layout(tensors: dict[str, torch.Tensor]) -> image.Image:
         shape = tuple(tensor.shape) if dtype else (length,)
         specs.append(image.TensorSpec(key, dtype or "U8", shape, length))
     return image.layout(specs, {"format": "pt"})
-
-
-def _fill(
-    arena: mmap.mmap, start: int, layout: image.Image, tensors: dict[str, torch.Tensor]
-) -> None:
-    arena[start : start + len(layout.header)] = layout.header
-    for offset, tensor in zip(layout.offsets, tensors.values(), strict=True):
-        if tensor.numel():
-            bits = tree.as_bits(tensor)
-            place = torch.frombuffer(
-                arena, dtype=bits.dtype, count=bits.numel(), offset=start + offset
-            )
-            place.view(bits.shape).copy_(bits)
-            del place  # a mapping can't be closed while a tensor looks into it
 
 
 class Reader:

@@ -190,6 +190,55 @@ def carrier_for(name: str, target: Any) -> Carrier:
 # ------------------------------------------------------------------ modules
 
 
+#: Types of attributes that can be compared as they are.
+_UNCHANGING: Final = (bool, int, str, type(None))
+_MISSING: Final = object()
+
+
+class _Members:
+    """The modules and parameters under a module, each once, as they are now.
+
+    Attributes:
+        tree: what they are called and which is which; whatever changes the result of
+            `named_modules` or `named_parameters` changes it, and it takes a tenth of their time.
+        modules: in the order in which they were come by.
+        parameters: the same.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.tree: list[object] = []
+        self.modules: list[torch.nn.Module] = []
+        self.parameters: list[torch.nn.Parameter] = []
+        seen: set[int] = set()
+        todo = [module]
+        while todo:
+            one = todo.pop()
+            if id(one) in seen:
+                continue
+            seen.add(id(one))
+            self.modules.append(one)
+            parameters, modules = one._parameters, one._modules  # noqa: SLF001  # nothing else is fast
+            for names, members in ((parameters, parameters), (modules, modules)):
+                self.tree += names
+                self.tree += map(id, members.values())
+            for parameter in parameters.values():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    self.parameters.append(parameter)
+            todo += [child for child in modules.values() if child is not None]
+
+
+class _Names:
+    """What the members of a tree are called, canonically."""
+
+    def __init__(self, module: torch.nn.Module, members: _Members) -> None:
+        self.tree = members.tree
+        modules = {id(one): _canonical(name) for name, one in module.named_modules()}
+        parameters = {id(one): _canonical(name) for name, one in module.named_parameters()}
+        self.modules = [modules[id(one)] for one in members.modules]
+        self.parameters = [parameters[id(one)] for one in members.parameters]
+
+
 class ModuleCarrier(Carrier):
     """A module: its state_dict under its own keys; beside it what a state_dict leaves out.
 
@@ -206,10 +255,16 @@ class ModuleCarrier(Carrier):
 
     def __init__(self, name: str, target: Any) -> None:
         super().__init__(name, target)
+        self._names: _Names | None = None  # objects are not held on to, the script may drop them
         self._at_first = {
             key: tree.freeze(value, key).tree
             for key, value in self._attributes().items()
             if not _holds_tensors(value)
+        }
+        # Most attributes are numbers and names that never change: these are compared as they are.
+        self._plain_at_first = {
+            path: {key: value for key, value in vars(module).items() if type(value) in _UNCHANGING}
+            for path, module in self.modules()
         }
 
     @property
@@ -224,23 +279,40 @@ class ModuleCarrier(Carrier):
             else:
                 return cast("torch.nn.Module", module)
 
+    def _members(self) -> tuple[_Members, _Names]:
+        members = _Members(self.module)
+        if self._names is None or self._names.tree != members.tree:
+            self._names = _Names(self.module, members)
+        return members, self._names
+
+    def modules(self) -> list[tuple[str, torch.nn.Module]]:
+        """All modules in it by canonical name, each once."""
+        members, names = self._members()
+        return list(zip(names.modules, members.modules, strict=True))
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """All parameters in it, the same."""
+        members, names = self._members()
+        return list(zip(names.parameters, members.parameters, strict=True))
+
     def full(self, naming: Naming) -> Parts:  # noqa: ARG002
         weights: list[tuple[str, torch.Tensor]] = []
         extra: dict[str, Any] = {}
-        for key, value in self.module.state_dict().items():
+        state = self.module.state_dict(keep_vars=True)
+        for key, value in state.items():
             if _is_weight(value):
-                weights.append((_canonical(key), value.detach()))
+                weights.append((_canonical(key), value))
             else:
                 extra[_canonical(key)] = value
         own = Frozen([key for key, _ in weights], weights)
         beside = {
             "flags": self._flags(),
             "extra": extra,
-            "buffers": self._hidden_buffers(),
+            "buffers": self._hidden_buffers(state),
             "strides": {key: _strides(t) for key, t in weights if not t.is_contiguous()},
             "grads": {
-                _canonical(name): parameter.grad
-                for name, parameter in self.module.named_parameters()
+                name: parameter.grad
+                for name, parameter in self.parameters()
                 if parameter.grad is not None
             },
         }
@@ -281,8 +353,8 @@ class ModuleCarrier(Carrier):
                 raise self.refuse(
                     f"`{key}` as {_described(here)}", f"`{key}` as {_described(there)}"
                 )
-        names = {_canonical(name) for name, _ in self.module.named_parameters()}
-        hidden = self._hidden_buffers()
+        names = {name for name, _ in self.parameters()}
+        hidden = self._hidden_buffers(self.module.state_dict(keep_vars=True))
         strangers = [key for key in beside["buffers"] if key not in hidden]
         strangers += [key for key in beside["grads"] if key not in names]
         if strangers:
@@ -311,8 +383,8 @@ class ModuleCarrier(Carrier):
         self._restore_attributes(parts["attributes"], thawer)
 
     def _flags(self) -> dict[str, Any]:
-        training = {_canonical(name): m.training for name, m in self.module.named_modules()}
-        grads = {_canonical(name): p.requires_grad for name, p in self.module.named_parameters()}
+        training = {name: module.training for name, module in self.modules()}
+        grads = {name: parameter.requires_grad for name, parameter in self.parameters()}
         return {"training": _packed(training), "requires_grad": _packed(grads)}
 
     def _restore_flags(self, flags: dict[str, Any]) -> None:
@@ -335,27 +407,38 @@ class ModuleCarrier(Carrier):
                 tree.copy_bits(laid, tensor)
                 tensor.data = laid
 
-    def _attributes(self) -> dict[str, Any]:
-        """Plain attributes by "submodule.attribute"; what a checkpoint can't hold is left out."""
+    def _attributes(self, *, unchanging: bool = True) -> dict[str, Any]:
+        """Plain attributes by "submodule.attribute"; what a checkpoint can't hold is left out.
+
+        Args:
+            unchanging: also those that are numbers and names as they were at first.
+        """
         found: dict[str, Any] = {}
-        for path, module in self.module.named_modules():
+        for path, module in self.modules():
+            first = {} if unchanging else self._plain_at_first.get(path, {})
             for name, value in vars(module).items():
-                if name not in _MODULE_OWN and not isinstance(value, (*_CODE, torch.nn.Module)):
-                    with suppress(CannotCarryError):
-                        tree.freeze(value, name)
-                        found[f"{_canonical(path)}.{name}"] = value
+                if name in _MODULE_OWN or isinstance(value, (*_CODE, torch.nn.Module)):
+                    continue
+                before = first.get(name, _MISSING)
+                if type(value) is type(before) and value == before:
+                    continue
+                with suppress(CannotCarryError):
+                    tree.freeze(value, name)
+                    found[f"{path}.{name}"] = value
         return found
 
     def _changed_attributes(self) -> dict[str, Any]:
         """Those that are not what they were when the module was tracked, and all with tensors."""
-        own = {
-            tensor.untyped_storage().data_ptr()
-            for tensor in (*self.module.parameters(), *self.module.buffers())
-            if _is_weight(tensor) and not torch.nn.parameter.is_lazy(tensor)
-        }
+        own: set[int] = set()
         changed = {}
-        for key, value in self._attributes().items():
+        for key, value in self._attributes(unchanging=False).items():
             frozen = tree.freeze(value, key)
+            if frozen.tensors and not own:
+                own = {
+                    tensor.untyped_storage().data_ptr()
+                    for tensor in (*self.module.parameters(), *self.module.buffers())
+                    if _is_weight(tensor) and not torch.nn.parameter.is_lazy(tensor)
+                }
             # A view of a parameter or a buffer comes back with it.
             is_view = any(
                 tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in own
@@ -383,12 +466,12 @@ class ModuleCarrier(Carrier):
                 if value is not old:
                     setattr(modules[path], name, value)
 
-    def _hidden_buffers(self) -> dict[str, torch.Tensor]:
-        kept = self.module.state_dict().keys()
+    def _hidden_buffers(self, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Those that are not in its state_dict."""
         return {
             _canonical(name): buffer
             for name, buffer in self.module.named_buffers(remove_duplicate=False)
-            if name not in kept
+            if name not in state
         }
 
     def _restore_hidden_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
@@ -663,8 +746,8 @@ class ParameterNames(dict[int, str]):
                 self[id(carrier.target)] = carrier.name
                 self.parameters[carrier.name] = carrier.target
             elif isinstance(carrier, ModuleCarrier):
-                for name, parameter in carrier.module.named_parameters():
-                    public = f"{carrier.name}.{_canonical(name)}"
+                for name, parameter in carrier.parameters():
+                    public = f"{carrier.name}.{name}"
                     if id(parameter) not in self:
                         self[id(parameter)] = public
                     self.parameters[public] = parameter
@@ -709,6 +792,8 @@ def _is_weight(value: Any) -> bool:
 
 def _canonical(key: str) -> str:
     """A state_dict key without the names that compiled submodules add."""
+    if "_orig_mod" not in key:
+        return key
     return ".".join(part for part in key.split(".") if part != "_orig_mod")
 
 

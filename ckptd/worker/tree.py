@@ -38,6 +38,14 @@ _MAPPINGS: Final[dict[Any, str]] = {dict: "dict", OrderedDict: "ordered", Counte
 _MISSING: Final = object()
 
 
+_DTYPE_NAMES: Final = {
+    one: str(one).removeprefix("torch.")
+    for one in vars(torch).values()
+    if isinstance(one, torch.dtype)
+}
+_SURELY_MUTABLE: Final = {torch.Tensor, torch.nn.Parameter, dict, list}
+
+
 class Frozen:
     """A captured value.
 
@@ -81,9 +89,10 @@ class _Freezer:
             return value if -(2**53) < value < 2**53 else {_TAG: "int", "value": hex(value)}
         if type(value) is float:
             return value if math.isfinite(value) else {_TAG: "float", "value": value.hex()}
-        immutable = self._freeze_immutable(value, path)
-        if immutable is not _MISSING:
-            return immutable
+        if type(value) not in _SURELY_MUTABLE:
+            immutable = self._freeze_immutable(value, path)
+            if immutable is not _MISSING:
+                return immutable
         if id(value) in self._seen:
             return {_TAG: "same", "as": self._seen[id(value)]}
         self._seen[id(value)] = number = len(self._kept)
@@ -150,13 +159,13 @@ class _Freezer:
 
     def _freeze_tensor(self, value: torch.Tensor, path: str) -> dict[str, Json]:
         head: dict[str, Json] = {
-            "dtype": str(value.dtype).removeprefix("torch."),
+            "dtype": _DTYPE_NAMES[value.dtype],
             "shape": list(value.shape),
-            "device": str(value.device),
+            "device": "cpu" if value.is_cpu else str(value.device),
         }
         if value.requires_grad and value.is_leaf:
             head["requires_grad"] = True
-        if isinstance(value, torch.nn.Parameter):
+        if type(value) is not torch.Tensor and isinstance(value, torch.nn.Parameter):
             head["parameter"] = True
         if value.device.type == "meta" or value.is_nested:
             raise self._refusal(value, path, "a nested or meta tensor")
@@ -181,7 +190,8 @@ class _Freezer:
             head["parts"].append(len(self.tensors))
             name = f"{path}.{suffix}" if suffix else path
             self.tensors.append((name.lstrip(".") or "value", part.detach()))
-        return {_TAG: "tensor", "layout": str(value.layout).removeprefix("torch."), **head}
+        layout = "strided" if value.layout is torch.strided else str(value.layout)
+        return {_TAG: "tensor", "layout": layout.removeprefix("torch."), **head}
 
     def _quantised(
         self, value: torch.Tensor, path: str, head: dict[str, Json]
