@@ -336,8 +336,9 @@ class ModuleCarrier(Carrier):
         }
         held: list[str] = saved.trees[""]
         beside = saved.thaw(saved.trees["beside"], part="beside", name=self.name)
+        expected = set(held)
         missing = [key for key in held if key not in found]
-        unexpected = [key for key in found if key not in held]
+        unexpected = [key for key in found if key not in expected]
         if missing or unexpected:
             raise MismatchError(
                 f"`{self.name}` does not fit the checkpoint."
