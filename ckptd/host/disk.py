@@ -31,6 +31,7 @@ _DIRECT_FROM: Final = 1 << 20
 _BLOCK: Final = 4096
 _CHUNK: Final = 16 << 20
 _THREADS: Final = 4
+_NO_LINKS: Final = {errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class Disk(Protocol):
@@ -41,6 +42,9 @@ class Disk(Protocol):
 
     def write(self, path: Path, content: Content) -> None:
         """Create a file that is not there yet and write all of its content. Not synced."""
+
+    def link(self, source: Path, target: Path) -> bool:
+        """Give a file a second name that is not there yet; False: this file system can't."""
 
     def sync(self, path: Path) -> None:
         """Make a file's content durable."""
@@ -82,6 +86,15 @@ class RealDisk:
                 _write_all(descriptor, view, done, len(view))
         finally:
             os.close(descriptor)
+
+    def link(self, source: Path, target: Path) -> bool:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                return False
+            raise
+        return True
 
     def sync(self, path: Path) -> None:
         _sync(path, os.O_RDONLY | os.O_NOFOLLOW)

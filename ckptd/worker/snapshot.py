@@ -69,7 +69,14 @@ class Writer:
             own: the file must hold all of them under their exact names, also those that another
                 file holds already (a module's state_dict).
         """
-        refs = [self._place(f"{file}.safetensors", name, t, own=own) for name, t in frozen.tensors]
+        path = beside = f"{file}.safetensors"
+        if own and len({_is_frozen(tensor) for _, tensor in frozen.tensors}) > 1:
+            # They do not change: in a file of their own they are written once.
+            beside = f"{file}.frozen.safetensors"
+        refs = [
+            self._place(beside if _is_frozen(tensor) else path, name, tensor, own=own)
+            for name, tensor in frozen.tensors
+        ]
         return {"tree": frozen.tree, "tensors": refs}
 
     def _place(self, file: str, name: str, tensor: torch.Tensor, *, own: bool) -> list[Json]:
@@ -137,6 +144,11 @@ class Layouts:
         if known is None or known[0] != wanted:
             known = self._known[file] = wanted, _layout(tensors)
         return known[1]
+
+
+def _is_frozen(tensor: torch.Tensor) -> bool:
+    """Whether it is a parameter that is not trained."""
+    return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
 
 
 def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:

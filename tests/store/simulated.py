@@ -137,6 +137,14 @@ class SimulatedDisk:
         if ending:
             raise ending
 
+    def link(self, source: Path, target: Path) -> bool:
+        self._begin(target)
+        file, parent = self._file(source), self._parent(target)
+        if target.name in parent.entries:
+            raise refusal(errno.EEXIST, target)
+        parent.change({target.name: file})
+        return True
+
     def sync(self, path: Path) -> None:
         self._begin(path)
         self._file(path).synced = True
@@ -291,6 +299,10 @@ class FailingRealDisk(RealDisk):
                 super().write(path, memoryview(content).tobytes()[: len(content) // 2])
             raise ending
         super().write(path, content)
+
+    def link(self, source: Path, target: Path) -> bool:
+        self._begin(target)
+        return super().link(source, target)
 
     def sync(self, path: Path) -> None:
         self._begin(path)

@@ -53,7 +53,7 @@ def checkpoints_directory_not_synced(patch: Patch) -> None:
 def renamed_before_synced(patch: Patch) -> None:
     """All the same operations, but the rename comes before the manifest's and directory's sync."""
 
-    def publish(disk, temporary, target, step, attempt, files, created, fence):
+    def publish(disk, temporary, target, step, attempt, files, created, fence, earlier):
         sums = {}
         for name, content in files.items():
             disk.write(temporary / name, content)
@@ -175,6 +175,26 @@ def leftovers_not_removed(patch: Patch) -> None:
     patch.setattr(SimulatedDisk, "remove_tree", remove_tree)
 
 
+def shared_with_the_neighbour(patch: Patch) -> None:
+    """An unchanged file gets its second name from the newest checkpoint."""
+    real = retention.newest_first
+    patch.setattr(
+        store,
+        "_earlier",
+        lambda disk, checkpoints, names: (
+            earlier(disk, checkpoints / real(names)[0]) if real(names) else None
+        ),
+    )
+
+
+def earlier(disk: SimulatedDisk, path: Path) -> store.Checkpoint | None:
+    try:
+        content = bytes(disk.read(path / manifests.NAME))
+    except OSError:
+        return None
+    return store.Checkpoint(path, manifests.decode(content, str(path)))
+
+
 BUGS = [
     data_files_not_synced,
     manifest_not_synced,
@@ -191,6 +211,7 @@ BUGS = [
     verified_without_sums,
     failures_swallowed,
     leftovers_not_removed,
+    shared_with_the_neighbour,
 ]
 
 
