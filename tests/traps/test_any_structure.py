@@ -27,7 +27,7 @@ SCRIPT = str(HERE / "anything.py")
 ASKED = int(os.environ.get("CKPTD_EXAMPLES", "0"))
 #: Several tests' worth, so that several processors share them.
 SEEDS = (1, 2, 3, 4)
-LAUNCHED, FORKED = 5, 40
+LAUNCHED, FORKED = 2, 40
 
 # ------------------------------------------------------------------ programs
 
