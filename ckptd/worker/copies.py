@@ -3,9 +3,9 @@
 Rules:
 
 1. Bits move as bits: nothing is converted on the way, and no arithmetic sees them.
-2. Small tensors are copied at once; large ones are cut into pieces for several threads. PyTorch's
-   own threads are not used for it: their number decides about bits, and a barrier for each of
-   thousands of tensors costs more than the copy.
+2. The smallest tensors are copied at once. The others are cut into pieces, and shared out among
+   several threads. PyTorch's own threads are not used for it: their number decides about bits, and
+   a barrier for each of thousands of tensors costs more than the copy.
 3. From a GPU the copies run on a stream of their own, into memory that was pinned for it.
 """
 
@@ -23,7 +23,7 @@ from ckptd.worker import tree
 from ckptd.worker.arena import Arena
 
 _PIECE: Final = 8 << 20
-_LARGE_FROM: Final = 1 << 20
+_SHARED_FROM: Final = 32 << 10
 _THREADS_MAX: Final = 4
 
 #: Source, target and length of bytes; the interpreter's lock is let go of meanwhile.
@@ -35,7 +35,8 @@ class Copies:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._pieces: list[tuple[int, int, int]] = []
+        self._shares: list[list[tuple[int, int, int]]] = []  # of about a piece's length each
+        self._room = 0  # in the last share
         self._kept: list[torch.Tensor] = []  # until they are copied
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -46,26 +47,30 @@ class Copies:
             return
         length = tensor.nbytes
         source, target = tensor.data_ptr(), self._arena.address + offset
-        if length < _LARGE_FROM:
+        if length < _SHARED_FROM:
             _move(target, source, length)
             return
         self._kept.append(tensor)
-        self._pieces += [
-            (target + at, source + at, min(_PIECE, length - at)) for at in range(0, length, _PIECE)
-        ]
+        for at in range(0, length, _PIECE):
+            piece = min(_PIECE, length - at)
+            if self._room <= 0:
+                self._shares.append([])
+                self._room = _PIECE
+            self._shares[-1].append((target + at, source + at, piece))
+            self._room -= piece
 
     def finish(self) -> None:
         """Wait until everything is there."""
-        threads = min(_THREADS_MAX, len(os.sched_getaffinity(0)), len(self._pieces))
+        threads = min(_THREADS_MAX, len(os.sched_getaffinity(0)), len(self._shares))
         if threads > 1:
             with ThreadPoolExecutor(threads, "ckptd-copy") as pool:
-                list(pool.map(lambda piece: _move(*piece), self._pieces))
+                list(pool.map(_move_all, self._shares))
         else:
-            for piece in self._pieces:
-                _move(*piece)
+            for share in self._shares:
+                _move_all(share)
         for stream in self._streams.values():
             stream.synchronize()
-        self._pieces.clear()
+        self._shares.clear()
         self._kept.clear()
 
     def _add_strided(self, offset: int, tensor: torch.Tensor) -> None:
@@ -87,6 +92,11 @@ class Copies:
         with torch.cuda.stream(stream):
             place.copy_(bits, non_blocking=True)
         self._kept.append(bits)
+
+
+def _move_all(share: list[tuple[int, int, int]]) -> None:
+    for piece in share:
+        _move(*piece)
 
 
 def _pin(arena: Arena) -> None:

@@ -81,8 +81,8 @@ class Writer:
 
     def _place(self, file: str, name: str, tensor: torch.Tensor, *, own: bool) -> list[Json]:
         address = tensor.data_ptr()
-        same = self._placed.get(address, ())
-        if not own:
+        same = self._placed.get(address)
+        if same and not own:
             for other, placed in same:
                 if _is_same(tensor, other):
                     return placed
@@ -94,8 +94,10 @@ class Writer:
         ref: list[Json] = [file, key]
         if tensor.dtype not in _DTYPES:
             ref += [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-        if not any(_is_same(tensor, other) for other, _ in same):
-            self._placed[address] = [*same, (tensor, ref)]
+        if not same:
+            self._placed[address] = [(tensor, ref)]
+        elif not any(_is_same(tensor, other) for other, _ in same):
+            self._placed[address].append((tensor, ref))
         return ref
 
     def write(
