@@ -22,6 +22,7 @@ A worker's life on the wire:
                                  ◄───    Durable | NotDurable   (only for snapshots that were asked
                                  for)
                                  ◄───    Released                (each snapshot, sooner or later)
+    Short                        ───►    when there is no memory for the next one
     Bye                          ───►    the interpreter ends in good order
 
 A command-line tool connects to the same socket, sends one Ask and gets one Answer.
@@ -112,6 +113,13 @@ class Notice(msgspec.Struct, frozen=True, tag=True):
     signal: int
 
 
+class Short(msgspec.Struct, frozen=True, tag=True):
+    """There is no memory for another snapshot, unless one is given back (bytes)."""
+
+    needed: int
+    available: int
+
+
 class Said(msgspec.Struct, frozen=True, tag=True):
     """Something a person should read: it goes to stderr and into the journal."""
 
@@ -139,7 +147,8 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
 
     Rides with three descriptors, in this order: the status page (memfd), the job's lock (held as
     long as any copy is open) and the read end of the worker's output pipe (so that nothing breaks
-    when the supervisor is killed: the worker then drains it into the log itself).
+    when the supervisor is killed: the worker then drains it into the log itself). A fourth one is
+    the snapshot's to restore, if it is in memory.
 
     Attributes:
         run: the run's directory, absolute.
@@ -147,6 +156,8 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
         checkpoint: the directory to restore, absolute; None at a first start.
         environment: the first attempt's Hello.environment; None at a first start.
         keep: how many checkpoints to keep, for a worker that outlives its supervisor.
+        generation: the last snapshot's; the worker counts on from there.
+        memory: the files of the snapshot to restore; None: `checkpoint` is to be restored.
     """
 
     name: str
@@ -155,6 +166,8 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     checkpoint: str | None
     environment: dict[str, str] | None
     keep: int
+    generation: int = 0
+    memory: list[Extent] | None = None
 
 
 class TurnedAway(msgspec.Struct, frozen=True, tag=True):
@@ -211,7 +224,7 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
     facts: dict[str, str | int | float | None]
 
 
-ToSupervisor = Hello | Snapshot | Standing | Restored | Notice | Said | Refused | Bye | Ask
+ToSupervisor = Hello | Snapshot | Standing | Restored | Notice | Short | Said | Refused | Bye | Ask
 ToWorker = Welcome | TurnedAway | Durable | NotDurable | Released | Answer
 
 _encoder = msgspec.json.Encoder()

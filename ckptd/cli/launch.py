@@ -45,6 +45,14 @@ _DEFAULTS = Policy()
     help="Checkpoints to keep.",
 )
 @click.option(
+    "--memory-tier",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="Whether the newest snapshot stays in memory, so that a job that crashed starts again "
+    "from there; auto: if there is memory for it.",
+)
+@click.option(
     "--grace",
     "grace_s",
     type=click.FloatRange(min=0.0, min_open=True),
@@ -85,6 +93,7 @@ def command(
     fresh: bool,
     accept_changes: bool,
     fixed_addresses: bool,
+    memory_tier: str,
     **settings: Any,
 ) -> int:
     """Start COMMAND, save it when it is interrupted, and start it again until it has finished.
@@ -97,7 +106,12 @@ def command(
     74 could not save the newest state, an older checkpoint stands · 75 interrupted, start me again
     """  # noqa: D301  # \b is click's mark for a paragraph that is not rewrapped
     backoff_s = float(os.environ.get("CKPTD_BACKOFF", _DEFAULTS.backoff_s))
-    policy = Policy(**settings, backoff_s=backoff_s, flush_signal=_signal_number(flush_signal))
+    policy = Policy(
+        **settings,
+        backoff_s=backoff_s,
+        flush_signal=_signal_number(flush_signal),
+        memory_tier=memory_tier == "auto",
+    )
     check_command(argv[0])
     terminal = Terminal()
     run = Run(directory / runs.check_name(name or runs.default_name(argv, os.environ)))

@@ -47,6 +47,19 @@ def shared(descriptor: int, length: int) -> memoryview:
     return memoryview(mmap.mmap(descriptor, length))
 
 
+def private(descriptor: int) -> memoryview:
+    """A file's bytes; what is written there stays this process's own and reaches no file."""
+    length = os.fstat(descriptor).st_size
+    return memoryview(mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY) if length else b"")
+
+
+def mapped(path: Path) -> memoryview:
+    """The same for a regular file by its path; a symbolic link is not followed."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        return private(file.fileno())
+
+
 @contextmanager
 def pieces(descriptor: int, places: Mapping[str, slice]) -> Iterator[dict[str, memoryview]]:
     """Named pieces of a memfd's bytes, read-only, while the context lasts."""

@@ -87,6 +87,49 @@ def layout(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = N
     )
 
 
+class Place(msgspec.Struct, frozen=True):
+    """A tensor in a file: safetensors' name of its type, its shape, and its bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def parse(content: memoryview) -> dict[str, Place]:
+    """The tensors in a file, by name.
+
+    Raises:
+        ValueError: it is no safetensors file; says what was found.
+    """
+    length = int.from_bytes(content[:LENGTH_BYTES], "little")
+    start = LENGTH_BYTES + length
+    if len(content) < start:
+        raise ValueError(f"a header of {length} bytes in a file of {len(content)}")
+    try:
+        header = msgspec.json.decode(content[LENGTH_BYTES:start], type=dict[str, msgspec.Raw])
+        header.pop(_METADATA, None)
+        entries = {n: msgspec.json.decode(raw, type=_Entry) for n, raw in header.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"its header can't be read: {error}") from error
+    places = {}
+    for name, entry in entries.items():
+        begin, end = entry.data_offsets
+        if entry.dtype not in ELEMENT_BYTES or min((begin, *entry.shape)) < 0:
+            raise ValueError(f"{name}: {entry.dtype} {list(entry.shape)} is not known")
+        if end > len(content) - start:
+            raise ValueError(f"{name}: its bytes end at {start + end}, the file at {len(content)}")
+        _check(TensorSpec(name, entry.dtype, entry.shape, end - begin))
+        places[name] = Place(entry.dtype, entry.shape, start + begin, start + end)
+    return places
+
+
 def _check(tensor: TensorSpec) -> None:
     if tensor.name == _METADATA:
         raise ValueError(f"a tensor can't be called {_METADATA}: the format keeps that name")

@@ -55,6 +55,7 @@ class _Attempt:
     page_fd: int
     page: wire.StatusPage
     checkpoint: Path | None
+    memory: Job | None  # the snapshot to restore; before the checkpoint
     worker: Peer | None = None
     had_worker: bool = False
 
@@ -88,6 +89,7 @@ class Loop:
             self._disk, run.path, lambda: self._number, policy.keep, clock.wall_s, terminal.say
         )
         self._held: dict[int, Job] = {}
+        self._generation = 0  # the last one that came
         self._askers: list[Peer] = []
         self._stop_askers: list[Peer] = []
         self._code: int | None = None
@@ -160,8 +162,8 @@ class Loop:
     def _do(self, action: machine.Action) -> None:  # one line an action
         attempt = self._attempt
         match action:
-            case machine.Spawn():
-                self._spawn()
+            case machine.Spawn(memory):
+                self._spawn(None if memory is None else self._held[memory])
             case machine.Request(serial, leave):
                 request = wire.Request.LEAVE if leave else wire.Request.FLUSH
                 assert attempt is not None, "a worker is attached"
@@ -198,15 +200,15 @@ class Loop:
         if attempt is not None and attempt.worker is not None and attempt.number == job.attempt:
             attempt.worker.send_or_drop(wire.Released(generation))
 
-    def _spawn(self) -> None:
+    def _spawn(self, memory: Job | None) -> None:
         try:
-            self._start()
+            self._start(memory)
         except (OSError, CkptdError) as error:
             self._tell(machine.SpawnFailed(f"a failure to start it ({error})"))
 
-    def _start(self) -> None:
-        """Start the command as a new attempt, from the newest sound checkpoint."""
-        newest = self._newest()
+    def _start(self, snapshot: Job | None) -> None:
+        """Start the command as a new attempt, from memory or the newest sound checkpoint."""
+        newest = None if snapshot is not None else self._newest()
         self._number = fence.claim(
             self._disk, self._run.path, f"{os.uname().nodename} {os.getpid()}\n"
         )
@@ -231,7 +233,7 @@ class Loop:
         page_fd = memory.make("ckptd-status", wire.PAGE_BYTES)
         page = wire.StatusPage(memory.shared(page_fd, wire.PAGE_BYTES))
         checkpoint = None if newest is None else newest.path
-        self._attempt = _Attempt(self._number, child, output, page_fd, page, checkpoint)
+        self._attempt = _Attempt(self._number, child, output, page_fd, page, checkpoint, snapshot)
         self._samples.clear()
         self._last_lines.clear()
         self._restarts += self._number > 1
@@ -239,8 +241,12 @@ class Loop:
         self._selector.register(output, selectors.EVENT_READ, self._output_came)
         self._note_supervisor()
         step = None if newest is None else newest.step
-        self._journal.write("started", attempt=self._number, pid=child.pid, step=step)
         at = "from the beginning" if step is None else f"from step {step}"
+        if snapshot is not None:
+            step = snapshot.snapshot.step
+            at = f"from step {step} in memory"
+        source = "disk" if snapshot is None else "memory"
+        self._journal.write("started", attempt=self._number, pid=child.pid, step=step, of=source)
         self._terminal.say(f"run {self._job.name!r}, attempt {self._number}, {at}")
         self._tell(machine.Spawned())
 
@@ -383,6 +389,7 @@ class Loop:
         else:
             first = self._job.facts
         checkpoint = None if attempt.checkpoint is None else str(attempt.checkpoint)
+        memory = attempt.memory
         peer.send(
             wire.Welcome(
                 self._job.name,
@@ -391,8 +398,13 @@ class Loop:
                 checkpoint,
                 first,
                 self._policy.keep,
+                self._generation,
+                None if memory is None else memory.snapshot.files,
             ),
-            [attempt.page_fd, self._lock, attempt.output],
+            [
+                *(attempt.page_fd, self._lock, attempt.output),
+                *([] if memory is None else [memory.descriptor]),
+            ],
         )
         attempt.worker, attempt.had_worker = peer, True
         self._watch(peer, self._worker_spoke)
@@ -415,6 +427,7 @@ class Loop:
         message, descriptors = received
         if isinstance(message, wire.Snapshot) and len(descriptors) == 1:
             self._held[message.generation] = Job(message, descriptors[0], attempt.number)
+            self._generation = message.generation
             asked = wire.serial_of(message.asked)
             self._tell(machine.SnapshotCame(message.generation, message.step, asked))
             return
@@ -429,6 +442,13 @@ class Loop:
                 self._journal.write("restored", step=step, seconds=round(seconds, 3))
             case wire.Notice(number):
                 self._tell(machine.Signalled(number))
+            case wire.Short(needed, available):
+                self._terminal.say_once(
+                    f"a snapshot needs {needed >> 20} MiB of memory, {available >> 20} MiB are "
+                    "free: the newest one is not kept in memory any more; after a crash the job "
+                    "starts again from the disk"
+                )
+                self._tell(machine.MemoryShort())
             case wire.Said(text):
                 self._journal.write("said", text=text)
                 self._terminal.say(text)

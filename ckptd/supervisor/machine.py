@@ -150,6 +150,11 @@ class Signalled:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryShort:
+    """The worker has no memory for another snapshot unless one is given back."""
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointAsked:
     """The owner asked for a checkpoint."""
 
@@ -180,6 +185,7 @@ Fact = (
     | Exited
     | TreeGone
     | Signalled
+    | MemoryShort
     | CheckpointAsked
     | StopAsked
     | Ticked
@@ -192,7 +198,13 @@ FACTS: Final[tuple[type, ...]] = Fact.__args__
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """Start the command as the next attempt, from the newest sound checkpoint."""
+    """Start the command as the next attempt.
+
+    Attributes:
+        memory: the held snapshot to restore; None: the newest sound checkpoint is.
+    """
+
+    memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,20 +403,25 @@ PHASES: Final[tuple[type, ...]] = Phase.__args__
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A whole snapshot in memory; `due`: it is to be made durable."""
+    """A whole snapshot in memory; `due`: it is to be made durable; `durable`: it is already."""
 
     generation: int
     step: int
     due: bool
+    durable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What is in memory, what is being written, what is durable. Generations count per attempt.
+    """What is in memory, what is being written, what is durable.
+
+    Generations go on over the attempts of one supervisor.
 
     Attributes:
+        held: the newest whole snapshot, unless that is just being written. It is kept when it is
+            durable, too, for an attempt that has to start again.
         durable_step: the newest durable state's step; None: there is none.
-        durable_generation: the newest snapshot of this attempt that is durable; 0: none.
+        durable_generation: the newest snapshot that is durable; 0: none.
         failed: why the newest write failed; None: it did not.
     """
 
@@ -428,6 +445,7 @@ class State:
         refused: what a worker said when it refused to go on in this attempt.
         unfinished: of this attempt's worker it is known that it has not finished; or it has not
             said so, and the command's exit status is not its own (a shell may hide its death).
+        keeps: whether a snapshot is kept in memory when it is durable.
     """
 
     policy: Policy
@@ -440,6 +458,7 @@ class State:
     asked: bool = False
     refused: str | None = None
     unfinished: bool = False
+    keeps: bool = True
 
 
 Turn = tuple[State, list[Action]]
@@ -455,7 +474,7 @@ def begin(policy: Policy, now_s: float, *, durable_step: int | None, ever_attach
         ever_attached: whether an earlier supervisor saw a worker of this command.
     """
     ledger = Ledger(durable_step=durable_step)
-    return State(policy, Pausing(now_s), ledger, ever_attached)
+    return State(policy, Pausing(now_s), ledger, ever_attached, keeps=policy.memory_tier)
 
 
 def deadline(state: State) -> float | None:
@@ -511,10 +530,18 @@ def _stand(state: State, fact: Stood) -> Turn:
 
 
 def _book(state: State, fact: Published) -> Turn:
-    """A write is done: its receipt, and the next write."""
+    """A write is done: its receipt, and the next write.
+
+    The snapshot stays until there is a newer one: who has to start again starts from memory.
+    """
+    written, held = state.ledger.writing, state.ledger.held
+    kept = state.keeps and held is None and written is not None
+    if kept and written is not None:
+        held = replace(written, due=False, durable=True)
     state = _with(
         state,
         writing=None,
+        held=held,
         durable_step=fact.step,
         durable_generation=fact.generation,
         failed=None,
@@ -522,7 +549,7 @@ def _book(state: State, fact: Published) -> Turn:
     actions: list[Action] = [
         Note("durable", {"step": fact.step}),
         Receipt(fact.generation, None),
-        Forget(fact.generation),
+        *([] if kept else [Forget(fact.generation)]),
         *_tell_asker(state, ok=True),
     ]
     state = replace(state, asked=False)
@@ -548,6 +575,15 @@ def _book_failure(state: State, fact: PublishFailed) -> Turn:
     else:
         actions.append(Forget(fact.generation))
     return replace(state, asked=False), actions
+
+
+def _give_back(state: State, phase: Phase, fact: MemoryShort, now_s: float) -> Turn:
+    """There is not memory for two: from now on, what is durable is let go of."""
+    held = state.ledger.held
+    state = replace(state, keeps=False)
+    if held is None or not held.durable:
+        return state, []
+    return _with(state, held=None), [Forget(held.generation)]
 
 
 def _tell_asker(state: State, *, ok: bool) -> list[Action]:
@@ -579,7 +615,8 @@ def _after_tree(state: State, purpose: Purpose, now_s: float) -> Turn:
     """No process is left: save what is in memory, then conclude."""
     ledger = state.ledger
     actions: list[Action] = []
-    if ledger.held is not None and purpose.why is not Why.FINISHED:
+    lost = ledger.held is not None and not ledger.held.durable
+    if ledger.held is not None and lost and purpose.why is not Why.FINISHED:
         newer = ledger.durable_step is None or ledger.held.step >= ledger.durable_step
         state = _with(state, held=replace(ledger.held, due=newer and purpose.why is not Why.FENCED))
         state, actions = _publish_due(state)
@@ -625,13 +662,8 @@ def _pause(state: State, purpose: Purpose, now_s: float) -> Turn:
         f"starting it again in {pause_s:g} s ({state.failures} of {state.policy.restarts_max} "
         "restarts without progress)"
     )
-    held = state.ledger.held
-    forget: list[Action] = [] if held is None else [Forget(held.generation)]
-    ledger = replace(state.ledger, held=None, durable_generation=0)
-    state = replace(
-        state, phase=Pausing(now_s + pause_s), ledger=ledger, refused=None, unfinished=False
-    )
-    return state, [*forget, Say(said)]
+    state = replace(state, phase=Pausing(now_s + pause_s), refused=None, unfinished=False)
+    return state, [Say(said)]
 
 
 def _over(state: State, code: int, event: str, text: str) -> Turn:
@@ -668,14 +700,21 @@ def _died(state: State, fact: Exited, now_s: float) -> Turn:
 def _start(state: State, phase: Pausing, fact: Ticked, now_s: float) -> Turn:
     if now_s < phase.deadline_s:
         return state, []
-    return replace(state, phase=Unattached()), [Spawn()]
+    held = state.ledger.held
+    # What a dying process may have scribbled on is not tried twice, where there is another.
+    from_disk = held is None or (held.durable and state.failures > 1)
+    if held is not None and not held.durable:
+        state = _with(state, held=replace(held, due=True))  # the disk may have come back
+    state, actions = _publish_due(replace(state, phase=Unattached()))
+    # The attempt is claimed first: a write of an older one is refused.
+    return state, [Spawn(None if held is None or from_disk else held.generation), *actions]
 
 
 def _stop_while_pausing(state: State, phase: Pausing, fact: Fact, now_s: float) -> Turn:
     stop = _stop_name(fact)
     if stop is None:
         return state, []
-    return _over(state, Exit.INTERRUPTED, "stopped", f"stopped ({stop}). {_standing(state)}")
+    return _after_tree(state, Purpose(Why.STOPPED, stop), now_s)
 
 
 def _spawn_failed(state: State, phase: Unattached, fact: SpawnFailed, now_s: float) -> Turn:
@@ -1130,4 +1169,6 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Saving, StopAsked): _stop_while_ending,
     (Saving, CheckpointAsked): _checkpoint_while_idle,
     (Saving, Ticked): _tick_saving,
+    # -------- in every phase with processes
+    **{(phase, MemoryShort): _give_back for phase in PHASES if phase is not Ended},
 }

@@ -45,6 +45,7 @@ class Policy(msgspec.Struct, frozen=True):
         every_s: at most so long between two durable checkpoints of a running job.
         grace_s: from a notice to the end of the worker.
         keep: checkpoints to keep.
+        memory_tier: whether the newest snapshot stays in memory, to start again from.
         restarts_max: failures without progress between them before giving up.
         backoff_s: the pause before the first relaunch; doubled for each further one.
         backoff_s_max: its limit.
@@ -56,6 +57,7 @@ class Policy(msgspec.Struct, frozen=True):
     every_s: float = 300.0
     grace_s: float = 30.0
     keep: int = 3
+    memory_tier: bool = True
     restarts_max: int = 3
     backoff_s: float = 1.0
     backoff_s_max: float = 60.0

@@ -7,6 +7,7 @@ A snapshot lies in a memfd that the supervisor holds too. Rules:
    is there at any instant, also when this process is killed while it fills the next one.
 2. At most two memories are kept. A third, when both are in the supervisor's hands, is for one use.
 3. A memory is kept only where as much is free beside it.
+4. Where there is not enough for another one, the supervisor is asked to give back what is durable.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import ctypes
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
 from ckptd.host import memory
 
 _KEPT_MAX: Final = 2
+_GIVEN_BACK_WITHIN_S: Final = 2.0
+_POLL_S: Final = 0.05
 
 
 class Arena:
@@ -50,23 +54,38 @@ class Arenas:
     def __init__(self) -> None:
         self._kept: list[Arena] = []
         self._sent: dict[int, Arena] = {}
-        self._lock = threading.Lock()  # releases come in the link's thread
+        self._lock = threading.Condition()  # releases come in the link's thread
+        #: Called with the bytes that are needed, and those that are free, when these are too few.
+        self.on_short: Callable[[int, int], object] | None = None
 
     def take(self, length: int) -> Arena:
         """A memory of at least so many bytes that nobody reads; it is the caller's."""
         with self._lock:
-            free = [arena for arena in self._kept if arena.holders == 0]
-            fitting = [arena for arena in free if arena.length >= length]
-            if fitting:
-                arena = min(fitting, key=lambda one: one.length)
-            else:
-                for outgrown in free:
+            arena = self._fitting(length)
+            if arena is None and self.on_short is not None and memory.available() < length:
+                self._ask_back(length)
+                arena = self._fitting(length)
+            if arena is None:
+                for outgrown in [one for one in self._kept if one.holders == 0]:
                     self._kept.remove(outgrown)
                     outgrown.close()
                 arena = Arena(length)
                 self._kept.append(arena)
             arena.holders += 1
             return arena
+
+    def _fitting(self, length: int) -> Arena | None:
+        free = [one for one in self._kept if one.holders == 0 and one.length >= length]
+        return min(free, key=lambda one: one.length, default=None)
+
+    def _ask_back(self, length: int) -> None:
+        assert self.on_short is not None, "checked by who calls"
+        self.on_short(length, memory.available())
+        until_s = time.monotonic() + _GIVEN_BACK_WITHIN_S
+        while self._fitting(length) is None and memory.available() < length:
+            # It may come as one of ours, or, from the process before this one, as free memory.
+            if not self._lock.wait(_POLL_S) and time.monotonic() > until_s:
+                return  # it is being written, or there was none: try without
 
     def sent(self, generation: int, arena: Arena) -> None:
         """The supervisor holds it too, as this snapshot."""
@@ -85,6 +104,7 @@ class Arenas:
         """One holder less."""
         with self._lock:
             arena.holders -= 1
+            self._lock.notify_all()
             if arena.holders == 0 and not self._worth_keeping(arena):
                 self._kept.remove(arena)
                 arena.close()

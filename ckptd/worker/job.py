@@ -196,7 +196,7 @@ class LaunchedJob(Job):
         self.words = self._link.page.words
         self.answered = 0
         self.vars = _CheckedVars()
-        self._generation = 0
+        self._generation = welcome.generation
         self._kept: _Captured | None = None
         self._carriers: dict[str, Carrier] = {}
         self._unclaimed: dict[str, dict[str, Json]] = {}
@@ -212,8 +212,8 @@ class LaunchedJob(Job):
         for text in environment.differences(welcome.environment, facts):
             self.say(text)
         with self._refusals():
-            if welcome.checkpoint is not None:
-                self._begin_resuming(Path(welcome.checkpoint))
+            if self.resumed:
+                self._begin_resuming(self._open_checkpoint())
             self.track(**named)
         self._link.forward_signals()
         atexit.register(self._at_exit)
@@ -246,7 +246,7 @@ class LaunchedJob(Job):
         saved = self._reader.document["components"]
         if name not in saved:
             raise MismatchError(
-                f"`{name}` is tracked, but the checkpoint {self._reader.path.name} holds no such "
+                f"`{name}` is tracked, but the checkpoint {self._reader.where} holds no such "
                 f"object (it holds {', '.join(sorted(saved))}). Take it out again, or start over "
                 "with `ckptd launch --fresh`. Nothing was changed."
             )
@@ -283,7 +283,8 @@ class LaunchedJob(Job):
 
     @property
     def resumed(self) -> bool:  # type: ignore[override]
-        return self._link.welcome.checkpoint is not None
+        welcome = self._link.welcome
+        return welcome.checkpoint is not None or welcome.memory is not None
 
     def iterate(
         self, items: Iterable[Any], *, restart: bool, numbered: int | None
@@ -436,10 +437,19 @@ class LaunchedJob(Job):
 
     # -------------------------------------------------------------- restoring
 
-    def _begin_resuming(self, path: Path) -> None:
+    def _open_checkpoint(self) -> Reader:
+        """What to resume from: a snapshot of the attempt before in memory, or a checkpoint."""
+        welcome = self._link.welcome
+        if welcome.memory is not None:
+            return Reader.of_memory(self._link.snapshot[0], welcome.memory)
+        assert welcome.checkpoint is not None, "one of the two"
+        path = Path(welcome.checkpoint)
         store.verify(RealDisk(), path)
-        self._reader = Reader(path)
-        document = self._reader.document
+        return Reader.of_directory(path)
+
+    def _begin_resuming(self, reader: Reader) -> None:
+        self._reader = reader
+        document = reader.document
         rng.check_global(document["generators"])
         self._outputs.expect(document["outputs"])
         self._restore_vars(self._reader.frozen(document["vars"]))

@@ -46,6 +46,10 @@ class Link:
         hello: what is said first.
         arenas: told when the supervisor has let go of a snapshot's memory.
 
+    Attributes:
+        welcome: what the supervisor answered.
+        snapshot: the memfd of the snapshot to restore, if it is to be restored from memory.
+
     Raises:
         CkptdError: nobody listens there, or the supervisor turns this process away.
     """
@@ -62,7 +66,8 @@ class Link:
                 f"{error.strerror}); start the job again with `ckptd launch`"
             ) from error
         self.send(hello)
-        self.welcome, (page, lock, pipe) = self._expect_welcome()
+        self.welcome, (page, lock, pipe, *self.snapshot) = self._expect_welcome()
+        arenas.on_short = lambda needed, available: self.send(wire.Short(needed, available))
         self._lock = lock  # held, not used: the job is locked as long as this process lives
         self._pipe = pipe
         self._memory = mmap.mmap(page, wire.PAGE_BYTES)
@@ -116,19 +121,20 @@ class Link:
                     return
                 log.write(chunk)
 
-    def _expect_welcome(self) -> tuple[wire.Welcome, tuple[int, int, int]]:
-        packet, descriptors, _, _ = socket.recv_fds(self._socket, wire.MESSAGE_BYTES_MAX, 3)
+    def _expect_welcome(self) -> tuple[wire.Welcome, list[int]]:
+        packet, descriptors, _, _ = socket.recv_fds(self._socket, wire.MESSAGE_BYTES_MAX, 4)
         if not packet:
             raise CkptdError("the supervisor ended before it answered; start the job again")
         message = wire.decode_for_worker(packet)
         if isinstance(message, wire.TurnedAway):
             raise UsageError(f"the supervisor refused this process: {message.why}")
-        if not isinstance(message, wire.Welcome) or len(descriptors) != 3:  # rule
+        expected = 3 + (isinstance(message, wire.Welcome) and message.memory is not None)
+        if not isinstance(message, wire.Welcome) or len(descriptors) != expected:
             raise ProtocolError(
-                f"expected a welcome with three descriptors, got {type(message).__name__} with "
-                f"{len(descriptors)}"
+                f"expected a welcome with {expected} descriptors, got {type(message).__name__} "
+                f"with {len(descriptors)}"
             )
-        return message, (descriptors[0], descriptors[1], descriptors[2])
+        return message, descriptors
 
     def _listen(self) -> None:
         """The thread: receipts, and the end of the supervisor."""

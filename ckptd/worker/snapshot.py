@@ -11,17 +11,19 @@ bits as bits, to its place in the memfd.
 
 from __future__ import annotations
 
+import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import torch
-from safetensors import safe_open
 
 from ckptd import wire
 from ckptd.errors import DamagedError
+from ckptd.host import memory
 from ckptd.store import image
 from ckptd.worker.arena import Arena, Arenas
 from ckptd.worker.copies import Copies
@@ -50,6 +52,8 @@ _DTYPES: Final = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+_BY_NAME: Final = {name: dtype for dtype, name in _DTYPES.items()}
+_ENDING: Final = ".safetensors"
 
 
 class Writer:
@@ -69,10 +73,10 @@ class Writer:
             own: the file must hold all of them under their exact names, also those that another
                 file holds already (a module's state_dict).
         """
-        path = beside = f"{file}.safetensors"
+        path = beside = f"{file}{_ENDING}"
         if own and len({_is_frozen(tensor) for _, tensor in frozen.tensors}) > 1:
             # They do not change: in a file of their own they are written once.
-            beside = f"{file}.frozen.safetensors"
+            beside = f"{file}.frozen{_ENDING}"
         refs = [
             self._place(beside if _is_frozen(tensor) else path, name, tensor, own=own)
             for name, tensor in frozen.tensors
@@ -174,41 +178,76 @@ def _layout(tensors: dict[str, torch.Tensor]) -> image.Image:
 
 
 class Reader:
-    """A checkpoint on disk. Its files were verified before; they are mapped, not read.
+    """A checkpoint, on disk or in memory. Its files were verified before.
 
     Args:
-        path: the checkpoint's directory.
+        files: the content of each file, writable for the sake of those who look into it.
+        where: for errors.
 
     Raises:
         DamagedError: state.json is not what this version writes.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.document: dict[str, Json] = msgspec.json.decode((path / STATE).read_bytes())
-        if self.document.get("format") != FORMAT:
+    def __init__(self, files: dict[str, memoryview], where: str) -> None:
+        self.where = where
+        self._files = files
+        self._places: dict[str, dict[str, image.Place]] = {}
+        try:
+            self.document: dict[str, Json] = msgspec.json.decode(files[STATE])
+        except (KeyError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise DamagedError(f"{where}/{STATE} can't be read: {error}") from error
+        if not isinstance(self.document, dict) or self.document.get("format") != FORMAT:
+            found = self.document.get("format") if isinstance(self.document, dict) else None
             raise DamagedError(
-                f"{path / STATE}: format {self.document.get('format')!r}, expected {FORMAT} "
+                f"{where}/{STATE}: format {found!r}, expected {FORMAT} "
                 "(written by another version of ckptd?)"
             )
-        self._open: dict[str, Any] = {}
+
+    @classmethod
+    def of_directory(cls, path: Path) -> Reader:
+        """A checkpoint on disk; its files are mapped, not read."""
+        files = [one for one in path.iterdir() if one.name == STATE or one.suffix == _ENDING]
+        return cls({one.name: memory.mapped(one) for one in files}, str(path))
+
+    @classmethod
+    def of_memory(cls, descriptor: int, extents: Sequence[wire.Extent]) -> Reader:
+        """A snapshot in a memfd, which is closed."""
+        with os.fdopen(descriptor) as file:
+            whole = memory.private(file.fileno())
+        places = wire.places([*extents])
+        return cls({name: whole[place] for name, place in places.items()}, "the snapshot")
 
     def tensor(self, ref: list[Json]) -> torch.Tensor:
-        """The tensor of a reference in an entry.
+        """The tensor of a reference in an entry; it shares memory with the file.
 
         Raises:
             DamagedError: the file does not hold it.
         """
         file, key, *odd = ref
-        if file not in self._open:
-            self._open[file] = safe_open(self.path / file, framework="pt")
-        try:
-            found: torch.Tensor = self._open[file].get_tensor(key)
-        except Exception as error:  # safetensors raises its own kinds
-            raise DamagedError(f"{self.path / file} holds no tensor {key!r}") from error
+        place = self._of(file).get(key)
+        if place is None:
+            raise DamagedError(f"{self.where}/{file} holds no tensor {key!r}")
+        dtype = _BY_NAME[place.dtype]
+        if place.end == place.begin:
+            found = torch.empty(place.shape, dtype=dtype)
+        else:
+            content, count = self._files[file], math.prod(place.shape)
+            found = torch.frombuffer(content, dtype=dtype, count=count, offset=place.begin)
+            found = found.view(place.shape)
         if odd:
             found = found.clone().view(getattr(torch, odd[0])).reshape(odd[1])
         return found
+
+    def _of(self, file: str) -> dict[str, image.Place]:
+        if file not in self._places:
+            content = self._files.get(file)
+            if content is None:
+                raise DamagedError(f"{self.where} holds no file {file!r}")
+            try:
+                self._places[file] = image.parse(content)
+            except ValueError as error:
+                raise DamagedError(f"{self.where}/{file}: {error}") from error
+        return self._places[file]
 
     def frozen(self, entry: dict[str, Json]) -> Frozen:
         """An entry as if it had just been captured, independent of the files."""
@@ -226,7 +265,7 @@ class Reader:
 
     def close(self) -> None:
         """Let go of the files."""
-        self._open.clear()
+        self._files.clear()
 
 
 def _lookup(

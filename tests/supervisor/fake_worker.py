@@ -28,13 +28,18 @@ class Worker:
         self.socket.connect(os.environ[wire.ENV_SOCKET])
         facts = {"threads": os.environ.get("OMP_NUM_THREADS", "none"), "torch": "fake"}
         self.send(wire.Hello(wire.PROTOCOL, os.getpid(), 0, 1, facts))
-        packet, (page, *self.kept), _, _ = socket.recv_fds(self.socket, wire.MESSAGE_BYTES_MAX, 3)
+        packet, (page, *self.kept), _, _ = socket.recv_fds(self.socket, wire.MESSAGE_BYTES_MAX, 4)
         self.welcome = wire.decode_for_worker(packet)
         self.page = wire.StatusPage(memoryview(mmap.mmap(page, wire.PAGE_BYTES)))
-        self.generation = 0
+        self.generation = self.welcome.generation
         self.answered = 0
         self.step = 0
-        if self.welcome.checkpoint is not None:
+        if self.welcome.memory is not None:
+            (place,) = wire.places(self.welcome.memory).values()
+            self.step = json.loads(os.pread(self.kept[2], 1 << 16, 0)[place])["step"]
+            self.send(wire.Restored(self.step, 0.0))
+            print("from memory", self.step, flush=True)
+        elif self.welcome.checkpoint is not None:
             state = json.loads(Path(self.welcome.checkpoint, "state.json").read_text())
             self.step = state["step"]
             self.send(wire.Restored(self.step, 0.0))
@@ -57,7 +62,7 @@ class Worker:
         if word == self.answered:
             return
         self.answered = word
-        if self.options.standing and self.generation:
+        if self.options.standing and self.generation > self.welcome.generation:
             self.send(wire.Standing(self.generation, word))
         else:
             self.snapshot(word)

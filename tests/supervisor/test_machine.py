@@ -44,6 +44,7 @@ FACTS = (
     m.Exited(0, 10),
     m.TreeGone(),
     *(m.Signalled(number) for number in (m.HUP, m.INT, m.USR1, m.USR2, m.TERM)),
+    m.MemoryShort(),
     m.CheckpointAsked(),
     m.StopAsked(),
     m.Ticked(10),

@@ -51,6 +51,21 @@ def memory_dropped_at_a_death(state: m.State, purpose: m.Purpose, now_s: float) 
     return ORIGINAL["_after_tree"](m._with(state, held=None), purpose, now_s)
 
 
+def memory_dropped_before_a_start(state: m.State, *args: Any) -> m.Turn:
+    held = state.ledger.held
+    state, actions = ORIGINAL["_pause"](m._with(state, held=None), *args)
+    return state, actions if held is None else [m.Forget(held.generation), *actions]
+
+
+def started_from_an_older_state(state: m.State, *args: Any) -> m.Turn:
+    state, actions = ORIGINAL["_start"](state, *args)
+    return state, [m.Spawn(None) if isinstance(one, m.Spawn) else one for one in actions]
+
+
+def kept_though_memory_is_short(state: m.State, *_: Any) -> m.Turn:
+    return state, []
+
+
 def no_deadline_for_a_flush(state: m.State) -> float | None:
     return None if isinstance(state.phase, m.Flushing) else ORIGINAL["deadline"](state)
 
@@ -81,7 +96,10 @@ def endless_grace(state: m.State, *args: Any, **options: Any) -> m.Turn:
 
 ORIGINAL = {
     name: getattr(m, name)
-    for name in ("_hold", "_after_tree", "deadline", "_book", "_conclude", "_ask_to_leave")
+    for name in (
+        *("_hold", "_after_tree", "deadline", "_book", "_conclude", "_ask_to_leave"),
+        *("_pause", "_start"),
+    )
 }
 FLUSHING_EXITED, FLUSHING_SIGNALLED = (m.Flushing, m.Exited), (m.Flushing, m.Signalled)
 
@@ -92,6 +110,13 @@ PLANTED: dict[str, tuple[Any, Any, Callable[[], None]]] = {
     "written while another is": ("_publish_due", written_while_another_is, worlds),
     "memory dropped at a death": ("_after_tree", memory_dropped_at_a_death, worlds),
     "memory never let go of": ("_book", without(m.Forget, m._book), worlds),
+    "memory dropped before a start": ("_pause", memory_dropped_before_a_start, worlds),
+    "started from an older state": ((m.Pausing, m.Ticked), started_from_an_older_state, worlds),
+    "kept though memory is short": (
+        (m.Attached, m.MemoryShort),
+        kept_though_memory_is_short,
+        worlds,
+    ),
     "no deadline for a flush": ("deadline", no_deadline_for_a_flush, worlds),
     "endless grace": ("_ask_to_leave", endless_grace, worlds),
     "tree not killed": ("_end_tree", without(m.KillTree, m._end_tree), worlds),

@@ -56,13 +56,16 @@ class World:
             every_s=self.dice.choice([2.0, 20.0, 1e6]),
             grace_s=self.dice.choice([1.0, 5.0, 30.0]),
             restarts_max=self.dice.choice([0, 1, 3]),
+            memory_tier=self.dice.random() < 0.8,
         )
         self.now_s = 0.0
         self.numbers = itertools.count()
         self.events: list[Event] = []
         self.child: Child | None = None
         self.held: dict[int, int] = {}  # generation -> step, of what the loop keeps in memory
-        self.published: dict[int, int] = {}  # generation -> step, of this attempt
+        self.generation = 0
+        self.published: dict[int, int] = {}  # generation -> step
+        self.lost = -1  # the newest step that was let go of without being durable
         self.writing: int | None = None
         self.durable = -1  # the newest step that is really on the disk
         self.promised = -1  # the newest step that anybody was told is
@@ -149,8 +152,8 @@ class World:
     def carry_out(self, action: m.Action) -> None:
         assert self.code is None, f"{action} after the end"
         match action:
-            case m.Spawn():
-                self.spawn()
+            case m.Spawn(memory):
+                self.spawn(memory)
             case m.Request(serial, leave):
                 assert self.child is not None, "a request to nobody"
                 assert self.child.attached, "a request to nobody"
@@ -166,7 +169,9 @@ class World:
             case m.Forget(generation):
                 assert generation in self.held, "forgotten twice"
                 assert generation != self.writing, "forgotten while it is written"
-                del self.held[generation]
+                step = self.held.pop(generation)
+                if step > max(self.durable, *self.held.values(), -1):
+                    self.lost = max(self.lost, step)
             case m.Receipt(generation, why):
                 self.receipt(generation, why)
             case m.KillTree():
@@ -176,11 +181,14 @@ class World:
             case m.End(code):
                 self.code = code
 
-    def spawn(self) -> None:
+    def spawn(self, memory: int | None) -> None:
         assert self.child is None or not self.child.tree, "two commands at once"
         self.lives_at = max(self.durable, 0)
-        self.held.clear()
-        self.published.clear()
+        if memory is not None:
+            assert memory in self.held, "restored from what was let go of"
+            self.lives_at = self.held[memory]
+        newest = max(self.durable, *self.held.values(), 0)
+        assert self.lives_at == newest, f"{newest} is there, restored is {self.lives_at}"
         self.child = child = Child(attaches=self.dice.random() < 0.85, step=self.lives_at)
         if self.dice.random() < 0.03:
             child.alive = child.tree = False
@@ -230,6 +238,9 @@ class World:
             return
         if luck < 0.04:
             return  # it hangs: only a stop ends it
+        if luck < 0.06 and child.attached:
+            self.tell(m.MemoryShort())
+            assert self.state.ledger.held is None or not self.state.ledger.held.durable
         child.step += 1
         if child.step >= self.finish_at:
             self.exits(child, 0)
@@ -253,7 +264,7 @@ class World:
             self.snapshot(child, 0)
 
     def snapshot(self, child: Child, asked: int) -> None:
-        child.generation += 1
+        self.generation = child.generation = self.generation + 1
         child.awaiting = child.generation
         self.held[child.generation] = child.step
         self.tell(m.SnapshotCame(child.generation, child.step, asked))
@@ -302,5 +313,7 @@ class World:
             assert took_s <= bound_s, f"it took {took_s:.1f} s to stop, at most {bound_s} s allowed"
         if self.code == Exit.INTERRUPTED and self.held and self.writing is None:
             raise AssertionError("75 with a state in memory that is not durable")
+        if self.code == Exit.INTERRUPTED:
+            assert self.lost <= self.durable, f"75, and step {self.lost} was let go of"
         leaked = set(self.held) - {self.writing}
         assert not leaked, f"snapshots {leaked} were never let go of"

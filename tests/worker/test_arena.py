@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
 from ckptd.host import memory
+from ckptd.worker import arena as arena_module
 from ckptd.worker.arena import Arenas
 
 
@@ -91,3 +93,32 @@ def test_not_kept_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None
 def test_unknown_release() -> None:
     """A release of what is not held changes nothing."""
     Arenas().released(7)
+
+
+def test_short_memory_is_asked_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is not memory for another snapshot, the supervisor is asked, and its is used."""
+    arenas, asked = Arenas(), []
+    first = arenas.take(5000)
+    arenas.sent(1, first)
+    arenas.let_go(first)
+    monkeypatch.setattr(memory, "available", lambda: 4999)
+
+    def gives_back(needed: int, available: int) -> None:
+        asked.append((needed, available))
+        threading.Thread(target=arenas.released, args=(1,)).start()
+
+    arenas.on_short = gives_back
+    monkeypatch.setattr(Arenas, "_worth_keeping", lambda *_: True)
+    assert arenas.take(5000) is first
+    assert asked == [(5000, 4999)]
+
+
+def test_short_memory_that_nobody_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is being written can't be given back: the snapshot is tried without."""
+    monkeypatch.setattr(arena_module, "_GIVEN_BACK_WITHIN_S", 0.0)
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    arenas, asked = Arenas(), []
+    arenas.on_short = lambda *words: asked.append(words)
+    first = arenas.take(5000)
+    assert arenas.take(5000) is not first
+    assert asked == [(5000, 0)] * 2

@@ -1,0 +1,57 @@
+"""A job whose worker was killed goes on from memory: the disk is not asked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SCRIPTS, Workshop
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the plain script writes."""
+    path = tmp_path_factory.mktemp("plain")
+    Workshop(path).plain(sys.executable, str(SCRIPTS / "memory.py"), "out", "none")
+    return (path / "out").read_text()
+
+
+def run(workshop: Workshop, *options: str, through: tuple[str, ...] = ()) -> list[dict]:
+    """Run the script, which kills itself twice; the starts that the journal knows."""
+    checkpoints = workshop.path / "runs" / "job" / "checkpoints"
+    argv = str(SCRIPTS / "memory.py"), str(workshop.path / "out"), str(checkpoints)
+    done = workshop.launch(*(through or (sys.executable,)), *argv, options=options)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert Path(workshop.path / "out.3").exists()
+    assert Path(workshop.path / "out.9").exists()
+    return [event for event in workshop.journal() if event["event"] == "started"]
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
+
+
+@pytest.mark.parametrize("through", [(), TORCHRUN], ids=["python", "torchrun"])
+def test_from_memory(workshop: Workshop, expected: str, through: tuple[str, ...]) -> None:
+    """Killed with no checkpoint left on the disk, and killed when half of the next snapshot was
+    copied: it goes on from the newest whole one, bit for bit."""
+    starts = run(workshop, through=through)
+    assert [(one["step"], one["of"]) for one in starts] == [
+        (None, "disk"),
+        (4, "memory"),
+        (10, "memory"),
+    ]
+    assert (workshop.path / "out").read_text() == expected
+
+
+def test_memory_tier_off(workshop: Workshop, expected: str) -> None:
+    """Without it, the disk is what there is: here nothing, then the checkpoint of step 10."""
+    starts = run(workshop, "--memory-tier", "off")
+    assert [(one["step"], one["of"]) for one in starts] == [
+        (None, "disk"),
+        (None, "disk"),
+        (10, "disk"),
+    ]
+    assert (workshop.path / "out").read_text() == expected
