@@ -28,11 +28,12 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -52,10 +53,15 @@ BOUND_S = 120
 POLL_S = 0.002
 KEEP = 2
 OPTIONS = ["--every", "0.03", "--keep", str(KEEP), "--max-restarts", "1000000"]
-LIFE_S, REAL_LIFE_S = 0.35, 8.0  # of the lives that end by the clock: at most so long
+LIFE_S, REAL_LIFE_S = 0.25, 8.0  # of the lives that end by the clock: at most so long
 SUBREAPER = 36
 INTERRUPTED = 75
 WRITES = ("make_directory", "write", "sync", "sync_directory", "rename", "remove", "remove_tree")
+#: What a plan may make deadly.
+REAL = {
+    **{(RealDisk, name): getattr(RealDisk, name) for name in WRITES},
+    (Reader, "tensor"): Reader.tensor,
+}
 
 
 class WrongError(Exception):
@@ -84,8 +90,11 @@ def _become(work, *, environment, cwd, output, kept=()):
             begin = descriptor + 1
         for descriptor in kept:
             os.set_inheritable(descriptor, True)
-        sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0), write_through=True)
-        sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0), write_through=True)
+        # Not closed with the parent's objects, which go when these replace them.
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(io.FileIO(number, "wb", closefd=False), write_through=True)
+            for number in (1, 2)
+        )
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(cwd)
@@ -143,6 +152,8 @@ def _supervisor(argv, out):
 
 def _plant(plan):
     """Die as the plan says; the plan is gone by then."""
+    for (owner, name), real in REAL.items():
+        setattr(owner, name, real)  # a worker is no heir to its supervisor's plan
     if not plan.exists():
         return
     chosen = json.loads(plan.read_text())
@@ -155,32 +166,26 @@ def _plant(plan):
                 struck.write(f"{name}\n")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def counted(real, within=None):
+    def counted(name, real):
         def call(*arguments):
             left[0] -= 1
             if left[0] == 0 and chosen["when"] == "before":
-                strike(real.__name__)
-            if left[0] == 0 and chosen["when"] == "within" and within is not None:
-                within(*arguments)
-                strike(real.__name__)
+                strike(name)
+            if left[0] == 0 and chosen["when"] == "within" and name == "write":
+                disk, path, content = arguments
+                whole = memoryview(content).cast("B")
+                real(disk, path, whole[: len(whole) // 2])
+                strike(name)
             result = real(*arguments)
             if left[0] == 0:
-                strike(real.__name__)
+                strike(name)
             return result
 
         return call
 
-    def half(disk, path, content):
-        whole = memoryview(content).cast("B")
-        write(disk, path, whole[: len(whole) // 2])
-
-    write = RealDisk.write
-    if chosen["what"] == "a write":
-        for name in WRITES:
-            within = half if name == "write" else None
-            setattr(RealDisk, name, counted(getattr(RealDisk, name), within))
-    else:
-        Reader.tensor = counted(Reader.tensor)
+    for (owner, name), real in REAL.items():
+        if (owner is RealDisk) == (chosen["what"] == "a write"):
+            setattr(owner, name, counted(name, real))
 
 
 # ------------------------------------------------------------------ one run
@@ -301,10 +306,10 @@ class Storm:
         elif worker is not None and fate == "left alone":
             code = self.reap(worker)
             died = code == -signal.SIGKILL
-            if code == INTERRUPTED and self.newest() < self.printed():
+            if code == INTERRUPTED and self.newest() < self.printed(worker):
                 raise WrongError(
-                    f"a worker that was left alone had printed step {self.printed()} and saved "
-                    f"step {self.newest()}"
+                    f"a worker that was left alone had printed step {self.printed(worker)} and "
+                    f"saved step {self.newest()}"
                 )
         self.kills["both" if died else "supervisor"] += 1
 
@@ -363,11 +368,11 @@ class Storm:
             step = server.ask(holder.socket, "status").facts["durable step"]
             self.reported = max(self.reported, -1 if step is None else int(step))
 
-    def printed(self):
-        """The last step in the log."""
+    def printed(self, worker):
+        """The last step that it printed; -1: none."""
         lines = self.run.log.read_text().splitlines() if self.run.log.exists() else []
-        steps = [int(line.split()[1]) for line in lines if line.startswith("step ")]
-        return steps[-1] if steps else -1
+        own = [line.split() for line in lines if line.endswith(f" of process {worker}")]
+        return int(own[-1][1]) if own else -1
 
     # -------------------------------------------------------------- processes
 
@@ -469,6 +474,8 @@ def storm(seed, kills, path, *, real):
 def main():
     warnings.simplefilter("ignore", DeprecationWarning)  # a fork of a process with threads
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)  # orphans are ours to reap
+    with tempfile.TemporaryDirectory() as path, redirect_stdout(None):
+        train.main(Path(path))  # what torch imports late is imported here, once
     for line in sys.stdin:
         asked = json.loads(line)
         path, real = Path(asked["path"]), asked.get("real", False)

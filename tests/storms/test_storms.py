@@ -22,8 +22,8 @@ STORM = Path(__file__).parent / "storm.py"
 SEED = int(os.environ.get("CKPTD_SEED", "1"))
 #: Several tests' worth, so that several processors share them.
 SEEDS = range(SEED, SEED + 4)
-FORKED, LAUNCHED = int(os.environ.get("CKPTD_KILLS", "75")), 8
-BOUND_S = 280 * max(1, FORKED // 75)
+FORKED, LAUNCHED = int(os.environ.get("CKPTD_KILLS", "100")), 8
+BOUND_S = 280 * max(1, FORKED // 100)
 
 
 def storm(path: Path, seed: int, kills: int, *, real: bool) -> dict:

@@ -4,9 +4,10 @@
     ckptd launch -- python train.py OUT      under a storm
 
 Writes OUT/metrics.csv (a line a step) and OUT/result.safetensors (weights, optimizer state, every
-loss, the generators at the end). Prints "step N" after each step.
+loss, the generators at the end). Prints "step N of process PID" after each step.
 """
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import ckptd
 
-EPOCHS, SAMPLES, BATCH, WIDTH = 6, 48, 4, 160
+EPOCHS, SAMPLES, BATCH, WIDTH = 10, 48, 4, 160
 
 
 class Samples(Dataset):
@@ -59,7 +60,7 @@ def main(out):
             optimizer.step()
             losses.append(loss.item())
             metrics.write(f"{len(losses)},{losses[-1].hex()}\n")
-            print("step", len(losses), flush=True)
+            print("step", len(losses), "of process", os.getpid(), flush=True)
         model.eval()
         job.vars.total = 0.0
         with torch.no_grad():
