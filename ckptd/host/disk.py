@@ -6,7 +6,7 @@ Rules:
    that the order of writes and syncs is the store's, to be read there and to be enumerated by the
    tests.
 2. Nothing here follows a symbolic link in the last part of a path, and only regular files are read.
-3. Errors are plain `OSError`s; the store says what they mean for the user.
+3. Errors are plain `OSError`s that name the path; the store says what they mean for the user.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ class RealDisk:
                 while rest:
                     rest = rest[os.write(descriptor, rest) :]
                 rest.release()
+        except OSError as error:
+            raise _named(error, path) from error
         finally:
             os.close(descriptor)
 
@@ -114,8 +116,15 @@ def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise _named(error, path) from error
     finally:
         os.close(descriptor)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """What failed on a descriptor, with the path that was meant."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def _regular(path: Path, found: os.stat_result) -> os.stat_result:

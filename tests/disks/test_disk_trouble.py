@@ -1,0 +1,237 @@
+"""Real disks in trouble: full, read-only, gone, forbidden, limited. Training goes on, what is
+durable stays so, and it is said what did not work, in bytes and with the path."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import Workshop
+from launched import (
+    Launched,
+    checkpoints,
+    no_leftovers,  # noqa: F401  # a fixture for every test here
+)
+from mounts import fill, mount, mounted
+
+from ckptd.host.disk import RealDisk
+from ckptd.store import store
+from ckptd.supervisor.run import Run
+
+HEAVY = str(Path(__file__).parent / "heavy_worker.py")
+BULK = 1 << 20
+OFTEN = ("--every", "0.05", "--keep", "2")
+
+
+def heavy(*options: str) -> tuple[str, ...]:
+    """The command of a worker with a state of a mebibyte."""
+    return sys.executable, HEAVY, *options
+
+
+@dataclass
+class Prefixed(Workshop):
+    """A workshop whose `ckptd launch` is started through another command."""
+
+    prefix: tuple[str, ...] = ()
+
+    def command(self, *options: str, name: str = "job") -> list[str]:
+        return [*self.prefix, *super().command(*options, name=name)]
+
+
+@pytest.fixture
+def small(workshop: Workshop) -> Iterator[Workshop]:
+    """A workshop whose runs lie on a file system of eight mebibytes."""
+    with mounted(workshop.path / "runs", "-t", "tmpfs", "-o", "size=8m", "none"):
+        yield workshop
+
+
+def run_of(workshop: Workshop) -> Run:
+    return Run(workshop.path / "runs" / "job")
+
+
+def durable(workshop: Workshop) -> list[int]:
+    """The steps that were reported durable."""
+    return [event["step"] for event in workshop.journal() if event["event"] == "durable"]
+
+
+def wait_durable(launched: Launched, *, beyond: int = 0) -> int:
+    """The step of the first checkpoint on the disk beyond a step."""
+    while True:
+        found = [s for s in checkpoints_if_any(launched.workshop) if s > beyond]
+        if found:
+            return found[-1]
+        step = launched.wait_for_step()
+        launched.wait_for(f"step {step + 1}")
+        assert launched.process.poll() is None, launched.told()
+
+
+def checkpoints_if_any(workshop: Workshop) -> list[int]:
+    try:
+        return checkpoints(workshop)
+    except FileNotFoundError:
+        return []
+
+
+def goes_on(launched: Launched) -> None:
+    """Training goes on."""
+    launched.wait_for(f"step {launched.wait_for_step() + 5}")
+
+
+def all_verify(workshop: Workshop) -> list[int]:
+    """Nothing runs any more: every checkpoint verifies; their steps."""
+    path = run_of(workshop).checkpoints
+    found = store.listing(RealDisk(), path)
+    return sorted(store.verify(RealDisk(), one.path).step for one in found)
+
+
+def resumes(workshop: Workshop, launched: Launched) -> None:
+    """The same line goes on with the newest durable checkpoint, to its end."""
+    newest = all_verify(workshop)[-1]
+    total = str(launched.steps()[-1] + 10)
+    again = Launched(workshop, *heavy("--total", total), options=("--accept-changes",))
+    assert again.ends() == 0, again.told()
+    assert again.steps() == list(range(newest + 1, int(total) + 1))
+
+
+# ------------------------------------------------------------------ a full disk
+
+
+def test_full_and_free_again(small: Workshop) -> None:
+    """A disk that fills up costs no step: it is said once, with bytes and path; older checkpoints
+    stand; when there is room again, the job is durable again."""
+    launched = Launched(small, *heavy(), options=OFTEN)
+    wait_durable(launched)
+    filler = small.path / "runs" / "filler"
+    fill(filler)
+    told = launched.wait_for("could not make a checkpoint durable")
+    assert "No space left on device" in told
+    assert f"a checkpoint of {BULK + len('{step: 1}')}"[:20] in told
+    assert str(run_of(small).checkpoints) in told
+    goes_on(launched)
+    stands = checkpoints(small)
+    assert stands
+    filler.unlink()
+    newest = wait_durable(launched, beyond=max(stands[-1], launched.steps()[-1]))
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert all_verify(small)[-1] == launched.steps()[-1] >= newest
+    assert durable(small)[-1] == launched.steps()[-1]
+    resumes(small, launched)
+
+
+def test_stopped_on_a_full_disk(small: Workshop) -> None:
+    """A stop with the disk full ends with 74 and says which checkpoint stands; it is continued."""
+    launched = Launched(small, *heavy(), options=("--every", "0.05", "--keep", "1"))
+    wait_durable(launched)
+    fill(small.path / "runs" / "filler")
+    launched.wait_for("could not make a checkpoint durable")
+    assert launched.signal(signal.SIGTERM).ends() == 74, launched.told()
+    (stands,) = all_verify(small)
+    assert f"The checkpoint of step {stands} stands" in launched.messages[-1]
+    (small.path / "runs" / "filler").unlink()
+    resumes(small, launched)
+
+
+def test_started_on_a_full_disk(small: Workshop) -> None:
+    """A launch on a full disk ends with 74 and names the file."""
+    fill(small.path / "runs" / "filler")
+    launched = Launched(small, *heavy(), options=OFTEN)
+    assert launched.ends() == 74
+    assert "No space left on device" in launched.told()
+    assert str(run_of(small).path) in launched.told()
+
+
+def test_no_line_is_lost_to_a_full_disk(small: Workshop) -> None:
+    """What the journal says after there is room again can be read, whatever was torn before."""
+    launched = Launched(small, *heavy(), options=OFTEN)
+    wait_durable(launched)
+    filler = small.path / "runs" / "filler"
+    fill(filler)
+    launched.wait_for("the journal")
+    filler.unlink()
+    wait_durable(launched, beyond=launched.steps()[-1])
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    told = [event["event"] for event in small.journal()]
+    assert told[-1] == "stopped"
+    assert "asked to stop" in told
+    lines = run_of(small).journal.read_bytes().splitlines()
+    assert len(lines) - len(small.journal()) <= 1  # at most the one that did not fit
+
+
+# ------------------------------------------------------------------ read-only, gone, forbidden
+
+
+def test_read_only(workshop: Workshop) -> None:
+    """Checkpoints on a file system that turns read-only: said, and durable again afterwards."""
+    (workshop.path / "runs" / "job").mkdir(parents=True)
+    path = run_of(workshop).checkpoints
+    with mounted(path, "-t", "tmpfs", "none"):
+        launched = Launched(workshop, *heavy(), options=OFTEN)
+        wait_durable(launched)
+        command = ["mount", "-o", "remount,ro", str(path)]
+        while subprocess.run(command, capture_output=True, check=False).returncode:
+            goes_on(launched)  # busy: a checkpoint was just being written
+        told = launched.wait_for("could not make a checkpoint durable")
+        assert "Read-only file system" in told
+        goes_on(launched)
+        stands = checkpoints(workshop)
+        mount("-o", "remount,rw", str(path))
+        wait_durable(launched, beyond=stands[-1])
+        assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+        resumes(workshop, launched)
+
+
+def test_removed(workshop: Workshop) -> None:
+    """Somebody removes the directory of the checkpoints: the next one is durable all the same."""
+    launched = Launched(workshop, *heavy(), options=OFTEN)
+    wait_durable(launched)
+    taken = workshop.path / "taken"
+    run_of(workshop).checkpoints.rename(taken)
+    wait_durable(launched)
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert checkpoints(workshop)[-1] == launched.steps()[-1]
+    shutil.rmtree(taken)
+    resumes(workshop, launched)
+
+
+def test_forbidden(workshop: Workshop) -> None:
+    """The permission to write is lost: said; with the permission, durable again."""
+    if os.geteuid() == 0:  # root may write anywhere, unless it gives that up
+        if shutil.which("setpriv") is None:
+            pytest.skip("root without `setpriv` can't be forbidden anything")
+        powerless = ("setpriv", "--inh-caps=-all", "--bounding-set=-all")
+        workshop = Prefixed(workshop.path, powerless)
+    launched = Launched(workshop, *heavy(), options=OFTEN)
+    wait_durable(launched)
+    path = run_of(workshop).checkpoints
+    path.chmod(0o555)
+    told = launched.wait_for("could not make a checkpoint durable")
+    assert "Permission denied" in told
+    assert str(path) in told
+    goes_on(launched)
+    stands = checkpoints(workshop)
+    path.chmod(0o755)
+    wait_durable(launched, beyond=stands[-1])
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    resumes(workshop, launched)
+
+
+def test_file_size_limit(workshop: Workshop) -> None:
+    """A limit on the size of files that a checkpoint does not fit in: said; 74 at the stop."""
+    if shutil.which("prlimit") is None:
+        pytest.skip("there is no `prlimit` here")
+    limited = Prefixed(workshop.path, ("prlimit", f"--fsize={BULK // 2}:unlimited"))
+    launched = Launched(limited, *heavy(), options=OFTEN)
+    told = launched.wait_for("could not make a checkpoint durable")
+    assert "File too large" in told
+    assert "bulk.bin" in told
+    goes_on(launched)
+    assert launched.signal(signal.SIGTERM).ends() == 74, launched.told()
+    assert "There is no checkpoint yet" in launched.messages[-1]
+    assert checkpoints(workshop) == []
