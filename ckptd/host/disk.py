@@ -17,10 +17,12 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 #: What a file's content may be given as, and read as.
 Content = bytes | bytearray | memoryview | mmap.mmap
+
+_MADV_POPULATE_READ: Final = 22  # linux/mman.h; Python has no name for it
 
 
 class Disk(Protocol):
@@ -107,9 +109,23 @@ class RealDisk:
             length = _regular(path, os.fstat(descriptor)).st_size
             if length == 0:
                 return b""
-            return mmap.mmap(descriptor, length, prot=mmap.PROT_READ)
+            mapping = mmap.mmap(descriptor, length, prot=mmap.PROT_READ)
         finally:
             os.close(descriptor)
+        _read_all(mapping, path)
+        return mapping
+
+
+def _read_all(mapping: mmap.mmap, path: Path) -> None:
+    """Bring a mapped file into memory, so that a disk that fails is an error and not a SIGBUS."""
+    try:
+        mapping.madvise(_MADV_POPULATE_READ)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return  # a kernel before 5.14: it is read when it is looked at
+        if error.errno == errno.EFAULT:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path)) from error
+        raise _named(error, path) from error
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -553,7 +553,11 @@ class Loop:
                 self._selector.select(_TREE_POLL_S)
             self._end_attempt()
         self._terminal.progress(None)
-        self._run.forget_supervisor()
+        try:
+            self._run.forget_supervisor()
+        except OSError as error:
+            # A disk that failed must not change the exit code; that file names a dead process.
+            self._terminal.say(f"supervisor.json could not be removed: {error}")
         for peer in (*self._askers, *self._stop_askers):
             peer.close()
         self._server.close()

@@ -4,6 +4,7 @@ durable stays so, and it is said what did not work, in bytes and with the path."
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Workshop
+from drive import Drive, missing
 from launched import (
     Launched,
     checkpoints,
@@ -50,6 +52,22 @@ def small(workshop: Workshop) -> Iterator[Workshop]:
     """A workshop whose runs lie on a file system of eight mebibytes."""
     with mounted(workshop.path / "runs", "-t", "tmpfs", "-o", "size=8m", "none"):
         yield workshop
+
+
+@pytest.fixture
+def failing(workshop: Workshop, tmp_path: Path) -> Iterator[tuple[Workshop, Drive]]:
+    """A workshop whose runs lie on a drive that can fail."""
+    why = missing("ext4")
+    if why is not None:
+        pytest.skip(why)
+    path = tmp_path / "drive"
+    path.mkdir()
+    drive = Drive(path, "ext4")
+    try:
+        (workshop.path / "runs").symlink_to(drive.files)
+        yield workshop, drive
+    finally:
+        drive.off()
 
 
 def run_of(workshop: Workshop) -> Run:
@@ -112,7 +130,8 @@ def test_full_and_free_again(small: Workshop) -> None:
     fill(filler)
     told = launched.wait_for("could not make a checkpoint durable")
     assert "No space left on device" in told
-    assert f"a checkpoint of {BULK + len('{step: 1}')}"[:20] in told
+    (length,) = re.findall(r"a checkpoint of (\d+) bytes", told)
+    assert int(length) > BULK
     assert str(run_of(small).checkpoints) in told
     goes_on(launched)
     stands = checkpoints(small)
@@ -235,3 +254,60 @@ def test_file_size_limit(workshop: Workshop) -> None:
     assert launched.signal(signal.SIGTERM).ends() == 74, launched.told()
     assert "There is no checkpoint yet" in launched.messages[-1]
     assert checkpoints(workshop) == []
+
+
+# ------------------------------------------------------------------ a disk that fails
+
+
+def test_writes_fail(failing: tuple[Workshop, Drive]) -> None:
+    """A drive that takes no write any more: training goes on, 74 at the stop, and the checkpoint
+    that is said to stand does, after the drive has been switched off and on."""
+    workshop, drive = failing
+    launched = Launched(workshop, *heavy(), options=OFTEN)
+    wait_durable(launched)
+    drive.fail("write", "flush")
+    told = launched.wait_for("could not make a checkpoint durable")
+    # The file system may have seen it first, and have turned itself read-only.
+    assert "Input/output error" in told or "Read-only file system" in told
+    assert str(run_of(workshop).path) in told
+    goes_on(launched)
+    assert launched.signal(signal.SIGTERM).ends() == 74, launched.told()
+    (said,) = (line for line in launched.messages if "stopped (SIGTERM)" in line)
+    stands = int(said.rpartition("The checkpoint of step ")[2].split()[0])
+    drive.off()
+    drive.on()
+    assert all_verify(workshop)[-1] == stands
+    resumes(workshop, launched)
+
+
+def test_finished_on_a_failing_disk(failing: tuple[Workshop, Drive]) -> None:
+    """A job that comes to its end on a disk that takes nothing any more has finished: 0."""
+    workshop, drive = failing
+    gate = workshop.path / "gate"
+    launched = Launched(workshop, *heavy("--total", "100", "--gate", str(gate)), options=OFTEN)
+    launched.wait_for("step 3")
+    drive.fail("write", "flush")
+    gate.touch()
+    assert launched.ends() == 0, launched.told()
+    assert launched.steps() == list(range(1, 101))
+
+
+def test_reads_fail(failing: tuple[Workshop, Drive]) -> None:
+    """A checkpoint that can't be read is not a damaged one: the launch ends with 74, says which
+    file it was, and sets nothing aside; when the drive reads again, the job goes on."""
+    workshop, drive = failing
+    launched = Launched(workshop, *heavy(), options=OFTEN)
+    wait_durable(launched)
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    drive.off()
+    drive.on()  # nothing is in the system's memory any more
+    for path in workshop.path.glob("runs/job/**/*"):
+        if path.is_file() and path.name != "bulk.bin":
+            path.read_bytes()
+    drive.fail("read")
+    again = Launched(workshop, *heavy(), options=OFTEN)
+    assert again.ends() == 74, again.told()
+    assert "Input/output error" in again.told()
+    assert "bulk.bin" in again.told()
+    drive.fail()
+    resumes(workshop, launched)
