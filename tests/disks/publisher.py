@@ -18,7 +18,7 @@ import msgspec
 from ckptd.host.disk import RealDisk
 from ckptd.store import fence, retention, store
 
-KEEP = 3
+KEEP, LARGE_EVERY = 3, 4
 
 
 def forgetful(what):
@@ -40,10 +40,13 @@ def forgetful(what):
 
 
 def content(step):
-    """Three files whose sizes and bytes follow from the step."""
+    """Files whose sizes and bytes follow from the step, large ones too, and one that stays."""
     drawn = random.Random(step)
     sizes = {"model.safetensors": 150_000, "optimizer.safetensors": 90_000}
-    return {name: drawn.randbytes(drawn.randint(1, most)) for name, most in sizes.items()}
+    if step % LARGE_EVERY == 0:
+        sizes["large.safetensors"] = 3 << 20
+    files = {name: drawn.randbytes(drawn.randint(1, most)) for name, most in sizes.items()}
+    return {**files, "frozen.safetensors": bytes(60_000)}
 
 
 def main():
