@@ -122,7 +122,7 @@ class ForkedCommand:
         if self.pid == 0:
             os.setsid()
             _become(
-                partial(_worker, Path(argv[-1])),
+                partial(_worker, argv[-3:]),
                 environment=env,
                 cwd=cwd,
                 output=stdout,
@@ -138,9 +138,13 @@ class ForkedCommand:
         return self._code
 
 
-def _worker(out):
-    _plant(out / "worker.plan")
-    train.main(out)
+def _worker(words):
+    _plant(Path(words[0]) / "worker.plan")
+    _train(*words)
+
+
+def _train(out, epochs, workers):
+    train.main(Path(out), int(epochs), int(workers))
 
 
 def _supervisor(argv, out):
@@ -199,11 +203,13 @@ class Storm:
         rng: draws whom, when and how often.
         kills: how many there may be; after them the run is left in peace.
         plain: the plain run's directory.
+        words: how many epochs, and workers of the loader.
         real: new programs instead of forks; then only the clock says when.
     """
 
-    def __init__(self, path, rng, kills, plain, *, real) -> None:
+    def __init__(self, path, rng, kills, plain, words, *, real) -> None:
         self.path, self.rng, self.most, self.plain, self.real = path, rng, kills, plain, real
+        self.words = words
         self.run = Run(path / "runs" / "job")
         self.life_s = REAL_LIFE_S if real else LIFE_S
         self.kills = dict.fromkeys(("supervisor", "both"), 0)
@@ -261,7 +267,7 @@ class Storm:
     def launch(self):
         self.launches += 1
         argv = ["launch", "--dir", str(self.path / "runs"), "--name", "job", *OPTIONS]
-        argv += ["--", sys.executable, train.__file__, str(self.path)]
+        argv += ["--", sys.executable, train.__file__, str(self.path), *self.words]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("CKPTD", "SLURM"))}
         environment["CKPTD_BACKOFF"] = "0"
         with (self.path / "messages").open("ab") as messages:
@@ -435,16 +441,16 @@ class Storm:
 # ------------------------------------------------------------------ many runs
 
 
-def storm(seed, kills, path, *, real):
+def storm(seed, kills, path, *, epochs, workers, real):
     """An account: how many of which kills, and what was wrong ("": nothing)."""
-    rng = random.Random(seed)
+    rng, words = random.Random(seed), (str(epochs), str(workers))
     plain = path / "plain"
     plain.mkdir(parents=True)
     pid = os.fork()
     if pid == 0:
         with (plain / "log").open("wb") as log:
             _become(
-                partial(train.main, plain),
+                partial(_train, plain, *words),
                 environment=dict(os.environ),
                 cwd=plain,
                 output=log.fileno(),
@@ -455,7 +461,7 @@ def storm(seed, kills, path, *, real):
     while (done := sum(account[who] for who in ("worker", "supervisor", "both"))) < kills:
         own = path / f"run{runs}"
         own.mkdir()
-        one = Storm(own, rng, kills - done, plain, real=real)
+        one = Storm(own, rng, kills - done, plain, words, real=real)
         wrong = ""
         try:
             one.to_the_end()
@@ -475,11 +481,10 @@ def main():
     warnings.simplefilter("ignore", DeprecationWarning)  # a fork of a process with threads
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)  # orphans are ours to reap
     with tempfile.TemporaryDirectory() as path, redirect_stdout(None):
-        train.main(Path(path))  # what torch imports late is imported here, once
+        _train(path, 1, 1)  # what torch imports late is imported here, once
     for line in sys.stdin:
         asked = json.loads(line)
-        path, real = Path(asked["path"]), asked.get("real", False)
-        account = storm(asked["seed"], asked["kills"], path, real=real)
+        account = storm(asked.pop("seed"), asked.pop("kills"), Path(asked.pop("path")), **asked)
         print(json.dumps(account), flush=True)
 
 

@@ -23,12 +23,14 @@ SEED = int(os.environ.get("CKPTD_SEED", "1"))
 #: Several tests' worth, so that several processors share them.
 SEEDS = range(SEED, SEED + 4)
 FORKED, LAUNCHED = int(os.environ.get("CKPTD_KILLS", "100")), 8
+WITH_LOADERS = 30
 BOUND_S = 280 * max(1, FORKED // 100)
 
 
-def storm(path: Path, seed: int, kills: int, *, real: bool) -> dict:
+def storm(path: Path, seed: int, kills: int, *, epochs: int, workers: int, real: bool) -> dict:
     """The account of one storm."""
-    asked = json.dumps({"seed": seed, "kills": kills, "path": str(path), "real": real})
+    kind = {"epochs": epochs, "workers": workers, "real": real}
+    asked = json.dumps({"seed": seed, "kills": kills, "path": str(path), **kind})
     done = subprocess.run(
         [sys.executable, str(STORM)],
         input=asked,
@@ -45,17 +47,27 @@ def storm(path: Path, seed: int, kills: int, *, real: bool) -> dict:
     return account
 
 
+def total(account: dict) -> int:
+    return account["worker"] + account["supervisor"] + account["both"]
+
+
 @pytest.mark.timeout(BOUND_S + 20)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_storm(tmp_path: Path, seed: int) -> None:
     """Killed at random instants, at chosen disk operations and while restoring, in forks."""
-    account = storm(tmp_path, seed, FORKED, real=False)
+    account = storm(tmp_path, seed, FORKED, epochs=10, workers=0, real=False)
     for who in ("worker", "supervisor", "both"):
         assert account[who] > 0, account
-    assert account["worker"] + account["supervisor"] + account["both"] >= FORKED
+    assert total(account) >= FORKED
+
+
+def test_storm_with_loader_workers(tmp_path: Path) -> None:
+    """The same with a process that loads data, which dies with its parent, sooner or later."""
+    account = storm(tmp_path, SEED, WITH_LOADERS, epochs=4, workers=1, real=False)
+    assert total(account) >= WITH_LOADERS
 
 
 def test_storm_of_real_programs(tmp_path: Path) -> None:
     """The same, by the clock alone, with `ckptd launch` and the script as new programs."""
-    account = storm(tmp_path, SEED, LAUNCHED, real=True)
-    assert account["worker"] + account["supervisor"] + account["both"] >= LAUNCHED
+    account = storm(tmp_path, SEED, LAUNCHED, epochs=60, workers=0, real=True)
+    assert total(account) >= LAUNCHED

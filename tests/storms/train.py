@@ -1,7 +1,7 @@
 """A short run with every usual source of randomness; it is its own reference when run plainly.
 
-    python train.py OUT                      plainly
-    ckptd launch -- python train.py OUT      under a storm
+    python train.py OUT EPOCHS WORKERS                      plainly
+    ckptd launch -- python train.py OUT EPOCHS WORKERS      under a storm
 
 Writes OUT/metrics.csv (a line a step) and OUT/result.safetensors (weights, optimizer state, every
 loss, the generators at the end). Prints "step N of process PID" after each step.
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import ckptd
 
-EPOCHS, SAMPLES, BATCH, WIDTH = 10, 48, 4, 160
+SAMPLES, BATCH, WIDTH = 48, 4, 160
 
 
 class Samples(Dataset):
@@ -34,7 +34,7 @@ class Samples(Dataset):
         return x + 0.1 * torch.randn(WIDTH) + random.random() + float(np.random.rand()), index % 3
 
 
-def main(out):
+def main(out, epochs, workers):
     ckptd.seed_everything(7)
     model = nn.Sequential(
         nn.Linear(WIDTH, WIDTH),
@@ -44,14 +44,14 @@ def main(out):
         nn.Linear(WIDTH, 3),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    loader = DataLoader(Samples(), BATCH, shuffle=True)
+    loader = DataLoader(Samples(), BATCH, shuffle=True, num_workers=workers)
     losses = []
     job = ckptd.attach(model=model, optimizer=optimizer, losses=losses)
     job.vars(best=float("inf"), total=0.0)
     metrics = job.open(out / "metrics.csv")
     metrics.write("step,loss\n")
 
-    for _ in job.loop(range(EPOCHS)):
+    for _ in job.loop(range(epochs)):
         model.train()
         for x, y in job.loop(loader):
             optimizer.zero_grad()
@@ -80,4 +80,4 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
