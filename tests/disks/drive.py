@@ -116,7 +116,8 @@ class Drive:
             source, kind = b"drive", b"fuse.drive"
             _call(_libc.mount, source, bytes(self._fuse), kind, _MS_NOSUID_NODEV, options)
             self._server = subprocess.Popen(
-                [sys.executable, __file__, str(self._medium), str(fuse), str(control.fileno())],
+                [sys.executable, __file__]
+                + [str(word) for word in (self._medium, self._fuse, fuse, control.fileno())],
                 pass_fds=(fuse, control.fileno()),
                 start_new_session=True,
             )
@@ -323,10 +324,9 @@ def serve(medium: str, fuse: int, control: socket.socket) -> None:
 
 
 def _obey(cells: Cells, control: socket.socket) -> None:
-    packet = control.recv(_MESSAGE)
-    if not packet:  # nobody is left to ask; the file goes with its mount
+    asked = json.loads(control.recv(_MESSAGE) or '{"do": "end"}')
+    if asked["do"] == "end":  # nobody is left who asks
         os._exit(0)
-    asked = json.loads(packet)
     if asked["do"] == "cut":
         cells.arm(asked["seed"], asked["at"])
     elif asked["do"] == "fail":
@@ -358,4 +358,8 @@ def _answer_one(server: Server, fuse: int) -> bool:
 if __name__ == "__main__":
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve(sys.argv[1], int(sys.argv[2]), socket.socket(fileno=int(sys.argv[3])))
+    # Not in the namespace of the mounts: a process that ends unmounts what it is the last to see,
+    # and would wait for its own answers.
+    private_mounts()
+    _call(_libc.umount2, sys.argv[2].encode(), _MNT_DETACH)
+    serve(sys.argv[1], int(sys.argv[3]), socket.socket(fileno=int(sys.argv[4])))

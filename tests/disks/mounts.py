@@ -17,7 +17,7 @@ def mount(*words: str) -> None:
     except FileNotFoundError:
         pytest.skip("there is no `mount` here")
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"no file system can be mounted here: {error.stderr.strip()}")
+        pytest.skip(f"no file system can be mounted here: {error.stderr.partition(chr(10))[0]}")
 
 
 @contextmanager
