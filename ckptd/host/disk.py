@@ -6,7 +6,7 @@ Rules:
    that the order of writes and syncs is the store's, to be read there and to be enumerated by the
    tests.
 2. Nothing here follows a symbolic link in the last part of a path, and only regular files are read.
-3. Errors are plain `OSError`s; the store says what they mean for the user.
+3. Errors are plain `OSError`s that name the path; the store says what they mean for the user.
 4. Large content goes past the page cache (O_DIRECT), from several threads: that is as fast as the
    disk is, and pushes nothing of the training's data out of memory. Where a file system refuses it,
    or the memory is not aligned, the same bytes are written the usual way.
@@ -26,10 +26,13 @@ from typing import Final, Protocol
 #: What a file's content may be given as, and read as.
 Content = bytes | bytearray | memoryview | mmap.mmap
 
+_MADV_POPULATE_READ: Final = 22  # linux/mman.h; Python has no name for it
+
 
 _DIRECT_FROM: Final = 1 << 20
 _BLOCK: Final = 4096
 _CHUNK: Final = 16 << 20
+_READ: Final = 4 << 20
 _THREADS: Final = 4
 _NO_LINKS: Final = {errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -84,6 +87,8 @@ class RealDisk:
             with memoryview(content) as whole, whole.cast("B") as view:
                 done = _write_direct(path, view) if len(view) >= _DIRECT_FROM else 0
                 _write_all(descriptor, view, done, len(view))
+        except OSError as error:
+            raise _named(error, path) from error
         finally:
             os.close(descriptor)
 
@@ -126,12 +131,26 @@ class RealDisk:
             length = _regular(path, os.fstat(descriptor)).st_size
             if length == 0:
                 return b""
-            content = mmap.mmap(descriptor, length, prot=mmap.PROT_READ)
-            # It is read from begin to end: the disk is then asked for much at once, and ahead.
-            content.madvise(mmap.MADV_SEQUENTIAL)
-            return content
+            mapping = mmap.mmap(descriptor, length, prot=mmap.PROT_READ)
         finally:
             os.close(descriptor)
+        _read_all(mapping, path)
+        return mapping
+
+
+def _read_all(mapping: mmap.mmap, path: Path) -> None:
+    """Bring a mapped file into memory, so that a disk that fails is an error and not a SIGBUS."""
+    # It is read from begin to end: the disk is then asked for much at once, and ahead.
+    mapping.madvise(mmap.MADV_SEQUENTIAL)
+    try:
+        for at in range(0, len(mapping), _READ):  # other threads get their turn in between
+            mapping.madvise(_MADV_POPULATE_READ, at, min(_READ, len(mapping) - at))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return  # a kernel before 5.14: it is read when it is looked at
+        if error.errno == errno.EFAULT:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path)) from error
+        raise _named(error, path) from error
 
 
 def _write_direct(path: Path, view: memoryview) -> int:
@@ -168,8 +187,15 @@ def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise _named(error, path) from error
     finally:
         os.close(descriptor)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """What failed on a descriptor, with the path that was meant."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def _regular(path: Path, found: os.stat_result) -> os.stat_result:

@@ -36,9 +36,12 @@ class Journal:
         line = msgspec.json.encode({"t": round(self._wall_s(), 3), "event": event, **fields})
         try:
             with self._path.open("ab", buffering=0) as journal:
-                journal.write((b"\n" if self._torn else b"") + line + b"\n")
+                rest = memoryview((b"\n" if self._torn else b"") + line + b"\n")
+                self._torn = True  # until all of it is written: a full disk may take half of it
+                while rest:
+                    rest = rest[journal.write(rest) :]
+                self._torn = False
                 os.fsync(journal.fileno())
-            self._torn = False
         except OSError as error:
             if not self._failed:
                 self._failed = True

@@ -94,6 +94,7 @@ class Loop:
         self._stop_askers: list[Peer] = []
         self._code: int | None = None
         self._last_lines: deque[bytes] = deque(maxlen=_LAST_LINES)
+        self._unended = b""  # the begin of a line whose rest has not come yet
         self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
         self._durable_at_s: float | None = None
         self._restarts = 0
@@ -236,6 +237,7 @@ class Loop:
         self._attempt = _Attempt(self._number, child, output, page_fd, page, checkpoint, snapshot)
         self._samples.clear()
         self._last_lines.clear()
+        self._unended = b""
         self._restarts += self._number > 1
         self._watch(child, self._child_ended)
         self._selector.register(output, selectors.EVENT_READ, self._output_came)
@@ -258,7 +260,8 @@ class Loop:
 
     def _end(self, code: int) -> None:
         if code == Exit.GAVE_UP:
-            self._terminal.report(list(self._last_lines), self._run)
+            rest = [self._unended] if self._unended else []
+            self._terminal.report([*self._last_lines, *rest], self._run)
         for peer in (*self._askers, *self._stop_askers):
             durable = self._state.ledger.durable_step
             text = f"the job ended with exit code {code}; newest durable step: {durable}"
@@ -337,7 +340,10 @@ class Loop:
             self._pass_on(chunk)
 
     def _pass_on(self, chunk: bytes) -> None:
-        self._last_lines.extend(chunk.splitlines())
+        lines = (self._unended + chunk).splitlines(keepends=True)
+        ended = not lines or lines[-1].endswith((b"\n", b"\r"))
+        self._unended = b"" if ended else lines.pop()[-_CHUNK:]
+        self._last_lines.extend(line.rstrip(b"\r\n") for line in lines)
         try:
             with self._run.log.open("ab", buffering=0) as log:
                 log.write(chunk)
@@ -573,7 +579,11 @@ class Loop:
                 self._selector.select(_TREE_POLL_S)
             self._end_attempt()
         self._terminal.progress(None)
-        self._run.forget_supervisor()
+        try:
+            self._run.forget_supervisor()
+        except OSError as error:
+            # A disk that failed must not change the exit code; that file names a dead process.
+            self._terminal.say(f"supervisor.json could not be removed: {error}")
         for peer in (*self._askers, *self._stop_askers):
             peer.close()
         self._server.close()

@@ -286,23 +286,26 @@ def lock(run: Run, *, grace_s: float, say: Callable[[str], None]) -> int:
 def _wait_for_orphan(run: Run, descriptor: int, grace_s: float, say: Callable[[str], None]) -> None:
     holder = run.supervisor()
     orphaned = holder is not None and holder.alive() is False and holder.boot == boot_id()
-    if holder is None or holder.child is None or not orphaned:
+    if holder is None or not orphaned:
         where = "another process" if holder is None else f"process {holder.pid} on {holder.host}"
         raise LockedError(
             f"the run {run.path.name!r} is held by {where}: it is running already. "
             f"Look at it with `ckptd status {run.path.name}`, stop it with `ckptd stop "
             f"{run.path.name}`"
         )
+    # A supervisor that was killed right after it had started its command had not recorded it yet.
+    worker = "its worker" if holder.child is None else f"its worker (process {holder.child})"
     say(
-        f"the supervisor of this run (process {holder.pid}) was killed; its worker (process "
-        f"{holder.child}) has up to {grace_s:g} s to save itself"
+        f"the supervisor of this run (process {holder.pid}) was killed; {worker} has up to "
+        f"{grace_s:g} s to save itself"
     )
     if _lock_within(descriptor, grace_s):
         return
-    say(f"the worker did not end: killing process {holder.child} and its descendants")
-    assert holder.child_started is not None, "recorded together with the process id"
-    children.kill_orphans(holder.child, holder.child_started)
-    if not _lock_within(descriptor, grace_s):
+    if holder.child is not None:
+        say(f"the worker did not end: killing process {holder.child} and its descendants")
+        assert holder.child_started is not None, "recorded together with the process id"
+        children.kill_orphans(holder.child, holder.child_started)
+    if holder.child is None or not _lock_within(descriptor, grace_s):
         raise LockedError(
             f"the run {run.path.name!r} is still locked by a process of its killed supervisor; "
             f"find it with `fuser {run.path / 'lock'}`"
