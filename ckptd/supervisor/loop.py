@@ -30,7 +30,7 @@ from ckptd.host.clock import Clock
 from ckptd.host.disk import RealDisk
 from ckptd.host.signals import Signals
 from ckptd.store import fence, store
-from ckptd.supervisor import machine
+from ckptd.supervisor import machine, server
 from ckptd.supervisor.journal import Journal
 from ckptd.supervisor.policy import Exit, Policy, described
 from ckptd.supervisor.run import Run, SupervisorFile, boot_id, environment_for
@@ -113,6 +113,9 @@ class Loop:
         self._watch(self._signals, self._signals_came)
         self._watch(self._server, self._somebody_connected)
         self._watch(self._writer, self._write_ended)
+        killed = self._run.supervisor()
+        if killed is not None and killed.host == os.uname().nodename:
+            server.remove_left_behind(killed.socket)
         self._note_supervisor()
         try:
             while self._code is None:

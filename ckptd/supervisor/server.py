@@ -11,6 +11,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,8 @@ from ckptd.host import sockets
 
 _DESCRIPTORS_MAX: Final = 4
 _ASK_BOUND_S: Final = 3600.0
+_PREFIX: Final = "ckptd-"
+_NAME: Final = "s"
 
 
 class Peer:
@@ -78,8 +81,8 @@ class Server:
     """The listening socket."""
 
     def __init__(self) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="ckptd-"))
-        self.address = str(self._directory / "s")
+        self._directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self.address = str(self._directory / _NAME)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.bind(self.address)
         self._socket.listen(16)
@@ -118,6 +121,15 @@ def ask(address: str, what: str, bound_s: float = _ASK_BOUND_S) -> wire.Answer:
     if not isinstance(answer, wire.Answer):
         raise CkptdError(f"the supervisor answered with a {type(answer).__name__}")
     return answer
+
+
+def remove_left_behind(address: str) -> None:
+    """Remove the socket of a supervisor on this machine that was killed."""
+    path = Path(address)
+    if path.name == _NAME and path.parent.name.startswith(_PREFIX):
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # gone already, or there is something in it that is not ours
+            path.parent.rmdir()
 
 
 def close_all(descriptors: Sequence[int]) -> None:

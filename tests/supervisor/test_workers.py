@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import Workshop
@@ -220,6 +221,7 @@ def test_killed_supervisor(workshop: Workshop) -> None:
     launched.signal(signal.SIGUSR2)
     durable = wait_durable(launched, workshop)
     orphans = launched.descendants()
+    socket_of_the_killed = Path(address(workshop))
     launched.kill()
     again = Launched(workshop, *argv, options=("--grace", "0.3"))
     again.wait_for("was killed")
@@ -227,6 +229,7 @@ def test_killed_supervisor(workshop: Workshop) -> None:
     assert not any(is_alive(p.pid) for p in orphans)
     again.wait_for(f"step {durable + 1}")
     assert again.steps()[0] == durable + 1
+    assert not socket_of_the_killed.parent.exists(), "each kill would leave a directory behind"
     assert again.signal(signal.SIGTERM).ends() == 75
 
 
