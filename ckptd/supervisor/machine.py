@@ -423,6 +423,7 @@ class Ledger:
         durable_step: the newest durable state's step; None: there is none.
         durable_generation: the newest snapshot that is durable; 0: none.
         failed: why the newest write failed; None: it did not.
+        failures: writes that failed since the last one that did not.
     """
 
     held: Held | None = None
@@ -430,6 +431,7 @@ class Ledger:
     durable_step: int | None = None
     durable_generation: int = 0
     failed: str | None = None
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -535,6 +537,7 @@ def _book(state: State, fact: Published) -> Turn:
     The snapshot stays until there is a newer one: who has to start again starts from memory.
     """
     written, held = state.ledger.writing, state.ledger.held
+    failed_before = state.ledger.failed is not None
     kept = state.keeps and held is None and written is not None
     if kept and written is not None:
         held = replace(written, due=False, durable=True)
@@ -545,6 +548,7 @@ def _book(state: State, fact: Published) -> Turn:
         durable_step=fact.step,
         durable_generation=fact.generation,
         failed=None,
+        failures=0,
     )
     actions: list[Action] = [
         Note("durable", {"step": fact.step}),
@@ -552,6 +556,8 @@ def _book(state: State, fact: Published) -> Turn:
         *([] if kept else [Forget(fact.generation)]),
         *_tell_asker(state, ok=True),
     ]
+    if failed_before:
+        actions.append(Say(f"durable again, at step {fact.step}"))
     state = replace(state, asked=False)
     state, more = _publish_due(state)
     return state, actions + more
@@ -561,7 +567,8 @@ def _book_failure(state: State, fact: PublishFailed) -> Turn:
     """A write failed. The snapshot is kept in memory, unless a newer one is."""
     said = state.ledger.failed == fact.why
     failed = state.ledger.writing
-    state = _with(state, writing=None, failed=fact.why)
+    failures = state.ledger.failures + 1
+    state = _with(state, writing=None, failed=fact.why, failures=failures)
     actions: list[Action] = [
         Note("not durable", {"why": fact.why}),
         Receipt(fact.generation, fact.why),
@@ -857,8 +864,8 @@ def _publish_failed(state: State, phase: Attached, fact: PublishFailed, now_s: f
     if fact.fenced:
         return _fenced(state, fact, now_s)
     state, actions = _book_failure(state, fact)
-    again_s = now_s + min(state.policy.every_s, state.policy.backoff_s_max)
-    return replace(state, phase=Attached(again_s)), actions
+    pause_s = min(state.policy.every_s, state.policy.pause_s(state.ledger.failures))
+    return replace(state, phase=Attached(now_s + pause_s)), actions
 
 
 def _fenced(state: State, fact: PublishFailed, now_s: float) -> Turn:

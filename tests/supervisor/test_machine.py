@@ -284,15 +284,24 @@ def test_fenced() -> None:
 
 
 def test_a_full_disk_does_not_stop_training() -> None:
-    """A checkpoint that fails is said once, and tried again; the job runs on."""
-    state, _ = after(at(m.Attached(NOW), durable_step=3), m.Ticked(10), m.SnapshotCame(1, 10, 2))
-    failed = m.PublishFailed(1, "disk full", False)
-    state, actions = after(state, failed)
-    assert any(isinstance(action, m.Say) for action in actions)
-    assert m.deadline(state) == NOW + POLICY.backoff_s_max
-    state, _ = m.step(state, m.Ticked(20), NOW + 60)
-    state, actions = after(state, m.SnapshotCame(2, 20, 3), replace(failed, generation=2))
-    assert not any(isinstance(action, m.Say) for action in actions)
+    """A checkpoint that fails is said once and tried again, ever later; so is its end."""
+    state, _ = after(at(m.Attached(NOW), durable_step=3), m.Ticked(10))
+    now_s, said = NOW, []
+    for number, pause_s in enumerate((1, 2, 4, 8, 16, 32, 60, 60), 1):
+        failed = m.PublishFailed(number, "disk full", False)
+        came = m.SnapshotCame(number, 10 * number, number + 1)
+        state, actions = after(state, came, failed, now_s=now_s)
+        said += [action.text for action in actions if isinstance(action, m.Say)]
+        assert m.deadline(state) == now_s + pause_s
+        now_s += pause_s
+        state, asked = m.step(state, m.Ticked(10 * number + 5), now_s)
+        assert [type(action) for action in asked] == [m.Request]
+    assert len(said) == 1
+    assert "step 3 stands" in said[0]
+    came = m.SnapshotCame(9, 90, 10)
+    state, actions = after(state, came, m.Published(9, 90), now_s=now_s)
+    assert m.Say("durable again, at step 90") in actions
+    assert m.deadline(state) == now_s + POLICY.every_s
 
 
 def test_a_stop_while_a_failure_is_cleared_away() -> None:
