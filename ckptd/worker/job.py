@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Literal, TypeVar
@@ -450,11 +451,14 @@ class LaunchedJob(Job):
     def _begin_resuming(self, reader: Reader) -> None:
         self._reader = reader
         document = reader.document
-        rng.check_global(document["generators"])
-        self._outputs.expect(document["outputs"])
-        self._restore_vars(self._reader.frozen(document["vars"]))
-        self._values = dict(document["values"])
-        self._loops.begin_resuming(self._reader, document["position"], document["streams"])
+        with _reading("it", reader.where):
+            rng.check_global(document["generators"])
+            self._outputs.expect(document["outputs"])
+            self._restore_vars(reader.frozen(document["vars"]))
+            self._values = dict(document["values"])
+            self._loops.begin_resuming(reader, document["position"], document["streams"])
+            if not isinstance(document["components"], dict):
+                raise TypeError("its components are no object")
 
     def _restore_early(self, carrier: Carrier) -> None:
         """At `track`: what fits is restored; what the script still has to rebuild waits."""
@@ -464,40 +468,43 @@ class LaunchedJob(Job):
             component = self._reader.document["components"].get(name)
             if component is None:
                 continue
-            saved = self._reader.saved(component)
-            try:
-                one.check(saved, naming)
-            except MismatchError:
-                continue  # checked again, and then an error, at the resume point
-            one.restore(saved, naming)
+            with _reading(f"`{name}`", self._reader.where):
+                saved = self._reader.saved(component)
+                try:
+                    one.check(saved, naming)
+                except MismatchError:
+                    continue  # checked again, and then an error, at the resume point
+                one.restore(saved, naming)
 
     def restore_everything(self) -> None:
         """At the resume point: check all that is tracked, then restore it, then the generators."""
         assert self._reader is not None, "called while resuming"
         document, components = self._reader.document, self._reader.document["components"]
+        where = self._reader.where
         carriers, naming = self._carriers_and_names()
-        pairs = [
-            (one, self._reader.saved(components[name]))
-            for name, one in _ordered(carriers)
-            if name in components
-        ]
-        for one, saved in pairs:
-            one.check(saved, naming)
+        pairs = []
+        for name, one in _ordered(carriers):
+            if name in components:
+                with _reading(f"`{name}`", where):
+                    pairs.append((one, self._reader.saved(components[name])))
+                    one.check(pairs[-1][1], naming)
         self._outputs.check()
         rng.check_global(document["generators"])
         for one, saved in pairs:
-            one.restore(saved, naming)
-        self._restore_vars(self._reader.frozen(document["vars"]))
-        self._outputs.roll_back()
-        self._loops.restore_streams(
-            {
-                key: StreamPosition.read(self._reader, entry)
-                for key, entry in document["streams"].items()
-            }
-        )
-        self._keep_unclaimed(carriers)
-        settings.restore(document["settings"])
-        rng.restore_global(document["generators"])
+            with _reading(f"`{one.name}`", where):
+                one.restore(saved, naming)
+        with _reading("it", where):
+            self._restore_vars(self._reader.frozen(document["vars"]))
+            self._outputs.roll_back()
+            self._loops.restore_streams(
+                {
+                    key: StreamPosition.read(self._reader, entry)
+                    for key, entry in document["streams"].items()
+                }
+            )
+            self._keep_unclaimed(carriers)
+            settings.restore(document["settings"])
+            rng.restore_global(document["generators"])
         self._reader.close()
         self._reader = None
         self._link.send(wire.Restored(self._loops.step, time.monotonic() - self._began_s))
@@ -581,6 +588,19 @@ class Loop(Iterable[Any]):
 
     def __len__(self) -> int:
         return len(self._items)  # type: ignore[arg-type]  # a TypeError, as without ckptd
+
+
+@contextmanager
+def _reading(what: str, where: str) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint is read back is said with its place in it."""
+    try:
+        yield
+    except (CkptdError, OSError):
+        raise
+    except Exception as error:
+        raise MismatchError(
+            f"{what} could not be restored from {where}: {type(error).__name__}: {error}"
+        ) from error
 
 
 class _Refusals:

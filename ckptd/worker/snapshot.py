@@ -25,6 +25,7 @@ from ckptd import wire
 from ckptd.errors import DamagedError
 from ckptd.host import memory
 from ckptd.store import image
+from ckptd.worker import tree
 from ckptd.worker.arena import Arena, Arenas
 from ckptd.worker.copies import Copies
 from ckptd.worker.state import Saved
@@ -235,7 +236,7 @@ class Reader:
             found = torch.frombuffer(content, dtype=dtype, count=count, offset=place.begin)
             found = found.view(place.shape)
         if odd:
-            found = found.clone().view(getattr(torch, odd[0])).reshape(odd[1])
+            found = found.clone().view(tree.dtype_of(odd[0])).reshape(odd[1])
         return found
 
     def _of(self, file: str) -> dict[str, image.Place]:

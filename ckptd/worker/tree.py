@@ -43,6 +43,7 @@ _DTYPE_NAMES: Final = {
     for one in vars(torch).values()
     if isinstance(one, torch.dtype)
 }
+_DTYPES: Final = {name: one for one, name in _DTYPE_NAMES.items()}
 _SURELY_MUTABLE: Final = {torch.Tensor, torch.nn.Parameter, dict, list}
 
 
@@ -294,7 +295,7 @@ class Thawer:
         if kind == "frozenset":
             return frozenset(self.thaw(item) for item in tree["items"])
         if kind == "dtype":
-            return getattr(torch, tree["value"])
+            return dtype_of(tree["value"])
         if kind == "device":
             return torch.device(tree["value"])
         if kind == "scalar":
@@ -370,18 +371,29 @@ class Thawer:
 
     def _thaw_tensor(self, tree: dict[str, Json], into: Any) -> torch.Tensor:
         parts = [self._tensor(number) for number in tree["parts"]]
-        shape, dtype = tree["shape"], getattr(torch, tree["dtype"])
+        shape, dtype = tree["shape"], dtype_of(tree["dtype"])
         if "scale" in tree or "axis" in tree:
             return _quantised_again(tree, [part.clone() for part in parts])
         if tree["layout"] == "sparse_coo":
             made = torch.sparse_coo_tensor(
-                parts[0].clone(), parts[1].clone(), shape, is_coalesced=tree["coalesced"]
+                parts[0].clone(),
+                parts[1].clone(),
+                shape,
+                is_coalesced=tree["coalesced"],
+                check_invariants=True,  # indices out of range would be read out of range
             ).to(tree["device"])
         elif tree["layout"] == "sparse_csr":
             rows, columns, values = (part.clone() for part in parts)
-            made = torch.sparse_csr_tensor(rows, columns, values, shape).to(tree["device"])
+            made = torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=True)
+            made = made.to(tree["device"])
         else:
             source = parts[0]
+            if list(source.shape) != shape or source.dtype != dtype:
+                # Before memory is asked for: what is written there may be anything.
+                raise MismatchError(
+                    f"`{self._name}`: a tensor of {dtype} {shape} is stored as one of "
+                    f"{source.dtype} {list(source.shape)}"
+                )
             if _fits(into, source, tree["device"]):
                 copy_bits(into, source)
                 return into  # type: ignore[no-any-return]  # _fits saw that it is a tensor
@@ -414,6 +426,17 @@ class Thawer:
             into[...] = made
             return into
         return made.copy(order=tree["order"])
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The element type of a name.
+
+    Raises:
+        MismatchError: there is none.
+    """
+    if name not in _DTYPES:
+        raise MismatchError(f"the checkpoint names an element type {name!r}, which torch has not")
+    return _DTYPES[name]
 
 
 def _quantised_again(tree: dict[str, Json], parts: list[torch.Tensor]) -> torch.Tensor:
