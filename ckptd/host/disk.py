@@ -19,6 +19,7 @@ import mmap
 import os
 import shutil
 import stat
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Protocol
@@ -72,6 +73,9 @@ class Disk(Protocol):
 
     def read(self, path: Path) -> Content:
         """The content of a regular file; a mapping of it where that is cheaper."""
+
+    def pieces(self, path: Path, places: Iterable[int], length: int) -> list[bytes]:
+        """At most `length` bytes from each of some places of a regular file, and no more of it."""
 
 
 class RealDisk:
@@ -136,6 +140,14 @@ class RealDisk:
             os.close(descriptor)
         _read_all(mapping, path)
         return mapping
+
+    def pieces(self, path: Path, places: Iterable[int], length: int) -> list[bytes]:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            _regular(path, os.fstat(descriptor))
+            return [os.pread(descriptor, length, at) for at in places]
+        finally:
+            os.close(descriptor)
 
 
 def _read_all(mapping: mmap.mmap, path: Path) -> None:

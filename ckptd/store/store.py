@@ -202,24 +202,22 @@ def _linked(
         return False
     source = earlier.path / target.name
     try:
-        with memoryview(_read(disk, source)) as old, memoryview(content) as new:
-            if len(old) != there.length or not _alike(old.cast("B"), new.cast("B")):
+        with memoryview(content) as whole, whole.cast("B") as new:
+            if len(new) != there.length or not _alike(disk, source, new):
                 return False
-            if summing.result() != there or _described(old) != there:
-                return False
+        if summing.result() != there or _described(_read(disk, source)) != there:
+            return False
     except (DamagedError, OSError):
         return False  # the same
     return disk.link(source, target)
 
 
-def _alike(old: memoryview, new: memoryview) -> bool:
+def _alike(disk: Disk, old: Path, new: memoryview) -> bool:
     """Whether some pieces are equal. Where training changed a file, it changed about all of it."""
-    if len(old) != len(new):
-        return False
-    stride = max(1, len(new) // _PIECES)
+    places = range(0, len(new), max(1, len(new) // _PIECES))
+    pieces = disk.pieces(old, places, _PIECE_BYTES)
     return all(
-        old[at : at + _PIECE_BYTES] == new[at : at + _PIECE_BYTES]
-        for at in range(0, len(new), stride)
+        piece == new[at : at + _PIECE_BYTES] for piece, at in zip(pieces, places, strict=True)
     )
 
 

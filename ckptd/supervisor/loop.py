@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import errno
 import os
 import selectors
 from collections import deque
@@ -43,6 +44,7 @@ _TREE_POLL_S: Final = 0.02
 _GLANCE_S: Final = 1.0  # how often the terminal's line and the rate are brought up to date
 _LAST_LINES: Final = 20
 _RATE_WINDOW: Final = 30
+_DISK_REFUSES: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 
 
 @dataclass
@@ -208,7 +210,8 @@ class Loop:
         try:
             self._start(memory)
         except (OSError, CkptdError) as error:
-            self._tell(machine.SpawnFailed(f"a failure to start it ({error})"))
+            disk = isinstance(error, OSError) and error.errno in _DISK_REFUSES
+            self._tell(machine.SpawnFailed(f"a failure to start it ({error})", disk))
 
     def _start(self, snapshot: Job | None) -> None:
         """Start the command as a new attempt, from memory or the newest sound checkpoint."""

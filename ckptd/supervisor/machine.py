@@ -38,6 +38,7 @@ one place that decides between relaunching and an exit code.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -60,9 +61,14 @@ class Spawned:
 
 @dataclass(frozen=True, slots=True)
 class SpawnFailed:
-    """The command could not be started."""
+    """The command could not be started.
+
+    Attributes:
+        disk: the disk refused, which is not the command's failure: it is tried again for ever.
+    """
 
     why: str
+    disk: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -565,7 +571,7 @@ def _book(state: State, fact: Published) -> Turn:
 
 def _book_failure(state: State, fact: PublishFailed) -> Turn:
     """A write failed. The snapshot is kept in memory, unless a newer one is."""
-    said = state.ledger.failed == fact.why
+    said = _kind(state.ledger.failed) == _kind(fact.why)
     failed = state.ledger.writing
     failures = state.ledger.failures + 1
     state = _with(state, writing=None, failed=fact.why, failures=failures)
@@ -591,6 +597,11 @@ def _give_back(state: State, phase: Phase, fact: MemoryShort, now_s: float) -> T
     if held is None or not held.durable:
         return state, []
     return _with(state, held=None), [Forget(held.generation)]
+
+
+def _kind(why: str | None) -> str | None:
+    """Why a write failed, whatever the step and the number of bytes."""
+    return None if why is None else re.sub(r"\d+", "#", why)
 
 
 def _tell_asker(state: State, *, ok: bool) -> list[Action]:
@@ -663,7 +674,7 @@ def _conclude(state: State, purpose: Purpose, now_s: float) -> Turn:
 
 
 def _pause(state: State, purpose: Purpose, now_s: float) -> Turn:
-    pause_s = state.policy.pause_s(max(state.failures, 1))
+    pause_s = state.policy.pause_s(max(state.failures, state.ledger.failures, 1))
     said = (
         f"the job ended by {purpose.text} at step {state.failed_step}; {_standing(state).lower()}; "
         f"starting it again in {pause_s:g} s ({state.failures} of {state.policy.restarts_max} "
@@ -725,6 +736,9 @@ def _stop_while_pausing(state: State, phase: Pausing, fact: Fact, now_s: float) 
 
 
 def _spawn_failed(state: State, phase: Unattached, fact: SpawnFailed, now_s: float) -> Turn:
+    if fact.disk:
+        state = _with(state, failures=state.ledger.failures + 1)
+        return _end_tree(state, Purpose(Why.FAILED, fact.why), now_s)
     at = state.failed_step or 0
     failures = policies.failures_in_a_row(state.failures, at, state.failed_step)
     state = replace(state, failures=failures, failed_step=at)

@@ -19,7 +19,7 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -199,6 +199,11 @@ class SimulatedDisk:
         self._begin(path)
         return self._regular(path).content
 
+    def pieces(self, path: Path, places: Iterable[int], length: int) -> list[bytes]:
+        self._begin(path)
+        content = self._regular(path).content
+        return [bytes(content[at : at + length]) for at in places]
+
     # What a test does to the disk: never counted, never failing, durable at once.
 
     def damage(self, path: Path, content: bytes) -> None:
@@ -335,6 +340,10 @@ class FailingRealDisk(RealDisk):
     def read(self, path: Path) -> Content:
         self._begin(path)
         return super().read(path)
+
+    def pieces(self, path: Path, places: Iterable[int], length: int) -> list[bytes]:
+        self._begin(path)
+        return super().pieces(path, places, length)
 
     def damage(self, path: Path, content: bytes) -> None:
         path.write_bytes(content)

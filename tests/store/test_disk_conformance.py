@@ -30,6 +30,14 @@ def test_what_was_written_is_read(disk: Disk, tmp_path: Path, content: bytes) ->
     assert disk.size(tmp_path / "f") == len(content)
 
 
+def test_pieces(disk: Disk, tmp_path: Path) -> None:
+    """Pieces are the file's own bytes; at its end there are fewer."""
+    disk.write(tmp_path / "f", b"0123456789")
+    assert disk.pieces(tmp_path / "f", [0, 4, 8], 3) == [b"012", b"456", b"89"]
+    with pytest.raises(FileNotFoundError):
+        disk.pieces(tmp_path / "g", [0], 3)
+
+
 def test_creation_is_exclusive(disk: Disk, tmp_path: Path) -> None:
     """Neither a file nor a directory is made where something is already."""
     disk.write(tmp_path / "f", b"old")

@@ -56,7 +56,10 @@ OPTIONS = ["--every", "0.03", "--keep", str(KEEP), "--max-restarts", "1000000"]
 LIFE_S, REAL_LIFE_S = 0.25, 8.0  # of the lives that end by the clock: at most so long
 SUBREAPER = 36
 INTERRUPTED = 75
-WRITES = ("make_directory", "write", "sync", "sync_directory", "rename", "remove", "remove_tree")
+WRITES = (
+    *("make_directory", "write", "link", "sync", "sync_directory"),
+    *("rename", "remove", "remove_tree"),
+)
 #: What a plan may make deadly.
 REAL = {
     **{(RealDisk, name): getattr(RealDisk, name) for name in WRITES},

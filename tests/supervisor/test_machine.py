@@ -288,7 +288,7 @@ def test_a_full_disk_does_not_stop_training() -> None:
     state, _ = after(at(m.Attached(NOW), durable_step=3), m.Ticked(10))
     now_s, said = NOW, []
     for number, pause_s in enumerate((1, 2, 4, 8, 16, 32, 60, 60), 1):
-        failed = m.PublishFailed(number, "disk full", False)
+        failed = m.PublishFailed(number, f"/run/.tmp-{number}: disk full", False)
         came = m.SnapshotCame(number, 10 * number, number + 1)
         state, actions = after(state, came, failed, now_s=now_s)
         said += [action.text for action in actions if isinstance(action, m.Say)]
@@ -302,6 +302,29 @@ def test_a_full_disk_does_not_stop_training() -> None:
     state, actions = after(state, came, m.Published(9, 90), now_s=now_s)
     assert m.Say("durable again, at step 90") in actions
     assert m.deadline(state) == now_s + POLICY.every_s
+
+
+def test_a_full_disk_at_a_start_is_waited_for() -> None:
+    """A start that the disk refuses is no failure of the job; the state in memory stays."""
+    held = m.Held(7, 70, due=False)
+    state, now_s, pauses = at(m.Pausing(NOW), held=held, durable_step=3), NOW, []
+    for _ in range(9):
+        state, actions = m.step(state, m.Ticked(0), now_s)
+        assert m.Spawn(7) in actions
+        full = m.SpawnFailed("a failure to start it (No space left on device)", disk=True)
+        state, more = after(state, full, m.TreeGone(), now_s=now_s)
+        failed = m.PublishFailed(7, "checkpoints/70: disk full", False)
+        state, last = after(state, failed, now_s=now_s)
+        if isinstance(state.phase, m.Saving):  # the write of the start, then that of the end
+            state, last = after(state, failed, now_s=now_s)
+        assert isinstance(state.phase, m.Pausing), last
+        assert not ended([*actions, *more, *last])
+        pauses.append(state.phase.deadline_s - now_s)
+        now_s = state.phase.deadline_s
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == POLICY.backoff_s_max
+    assert state.ledger.held is not None
+    assert state.failures == 0
 
 
 def test_a_stop_while_a_failure_is_cleared_away() -> None:
