@@ -10,8 +10,9 @@
 - `peek`        the same for loader workers, read from memory
 - `tape`        the random streams as a replayed iterable found them
 - `settings`    switches of torch that decide about bits
-- `snapshot`    a captured state as file images in one memory; a checkpoint read back
+- `snapshot`    a captured state as file images in one memory; read back from there or from disk
 - `arena`       that memory, used again
+- `copies`      the one copy that a snapshot is
 - `outputs`     files that are rolled back with the checkpoint
 - `link`        the socket and the status page; what happens when the supervisor is gone
 - `environment` versions, devices, thread counts: compared over the attempts
