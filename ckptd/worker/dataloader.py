@@ -94,7 +94,7 @@ class WorkerStates:
         """Take over what came with a batch."""
         for i, state in enumerate(sent.changed):
             if state is not None:
-                self.packed[i] = state
+                self.packed[i] = rng.patched(self.packed[i], state)
         if sent.hidden is not None:
             self.hidden = sent.hidden
         self.given = True
@@ -704,6 +704,7 @@ class _Batches:
 # ------------------------------------------------------------------ inside the loader's workers
 
 _packer: Final = rng.Packer()
+_patches: Final = rng.Patches()
 
 
 class _Sent(NamedTuple):
@@ -711,7 +712,7 @@ class _Sent(NamedTuple):
 
     batch: Any
     worker: int
-    changed: tuple[bytes | None, ...]
+    changed: tuple[rng.Patch | None, ...]
     hidden: dict[str, Json] | None
     empty: bool
     ended: bool
@@ -817,7 +818,7 @@ class _Collate:
         if isinstance(dataset, IterableDataset) and _is_stateful(dataset):
             # Copied: a queue pickles in a thread of its own, while the next batch is being made.
             state = copy.deepcopy(dataset.state_dict())  # type: ignore[attr-defined]
-        changed, hidden = _packer.changed(), self._hidden(dataset)
+        changed, hidden = _patches.of(_packer.changed()), self._hidden(dataset)
         return _Sent(batch, info.id, changed, hidden, empty, ended, state)
 
     def _hidden(self, dataset: Any) -> dict[str, Json] | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -210,6 +210,53 @@ class Packer:
         sent = tuple(b if b != old else None for b, old in zip(now, self._last, strict=True))
         self._last = list(now)
         return sent  # type: ignore[return-value]
+
+
+#: A packed state: whole, or the places and the values of the bytes that changed.
+Patch = bytes | tuple[list[int], bytes]
+_PATCHED_MAX: Final = 128
+
+
+class Patches:
+    """Packed states as what changed since the last ones.
+
+    A draw moves a counter; the thousands of bytes beside it change once in hundreds of draws.
+    """
+
+    def __init__(self) -> None:
+        self._last: list[bytes | None] = [None, None, None]
+
+    def of(self, changed: Sequence[bytes | None]) -> tuple[Patch | None, ...]:
+        """What `Packer.changed` gave, smaller."""
+        patches = tuple(
+            None if new is None else _patch(old, new)
+            for old, new in zip(self._last, changed, strict=True)
+        )
+        for i, new in enumerate(changed):
+            if new is not None:
+                self._last[i] = new
+        return patches
+
+
+def _patch(old: bytes | None, new: bytes) -> Patch:
+    if old is None or len(old) != len(new):
+        return new
+    values = np.frombuffer(new, np.uint8)
+    places = np.flatnonzero(np.frombuffer(old, np.uint8) != values)
+    if len(places) > _PATCHED_MAX:
+        return new
+    return places.tolist(), values[places].tobytes()
+
+
+def patched(old: bytes | None, patch: Patch) -> bytes:
+    """The state after a patch that was made against `old`."""
+    if isinstance(patch, bytes):
+        return patch
+    assert old is not None, "a worker's first state is whole"
+    state = bytearray(old)
+    for place, value in zip(*patch, strict=True):
+        state[place] = value
+    return bytes(state)
 
 
 def restore_packed(packed: Packed) -> None:

@@ -121,3 +121,25 @@ def test_another_bit_generator(bit_generator: None, kind: type) -> None:
     expected = draw()
     rng.restore_packed(packed)
     assert draw() == expected
+
+
+def test_patches_give_the_whole_state() -> None:
+    """What is sent with a batch, put together, is the worker's state, however much was drawn; and
+    it is small unless a block of random words was made anew."""
+    packer, patches, dice = rng.Packer(), rng.Patches(), random.Random(3)
+    whole: list[bytes | None] = [None, None, None]
+    small = 0
+    for _ in range(300):
+        for _ in range(dice.choice([0, 1, 3, 32, 700])):
+            random.random()
+        for _ in range(dice.choice([0, 2, 40])):
+            np.random.standard_normal()
+        torch.rand(dice.choice([1, 5, 2000]))
+        sent = patches.of(packer.changed())
+        for i, patch in enumerate(sent):
+            if patch is not None:
+                whole[i] = rng.patched(whole[i], patch)
+                small += not isinstance(patch, bytes)
+        fresh = rng.Packer().changed()
+        assert tuple(whole) == fresh
+    assert small > 200
