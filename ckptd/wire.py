@@ -16,6 +16,7 @@ A worker's life on the wire:
     worker                               supervisor
     Hello                        ───►
                                  ◄───    Welcome + [status page, lock, read end of the output pipe]
+    Sized                        ───►    what a snapshot will need
     Restored                     ───►    (only when it resumes, at the resume point)
     Snapshot + [memfd]           ───►    on request, and unasked where a stop would otherwise lose
                                          steps (entry of a restart loop, end of an outermost loop)
@@ -78,6 +79,7 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True):
         generation: counts the snapshots of one worker, from 1.
         step: items of innermost loops that are done.
         asked: the request word that this answers; 0: sent unasked, to be held in memory.
+        cost_s: for how long it held up training, in seconds.
         outputs: absolute paths of files opened through `job.open`, to be synced before publishing.
     """
 
@@ -86,6 +88,7 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True):
     files: list[Extent]
     outputs: list[str]
     asked: int
+    cost_s: float = 0.0
 
 
 def places(files: list[Extent]) -> dict[str, slice]:
@@ -98,6 +101,12 @@ class Standing(msgspec.Struct, frozen=True, tag=True):
 
     generation: int
     asked: int
+
+
+class Sized(msgspec.Struct, frozen=True, tag=True):
+    """About how many bytes a snapshot will have, told before the first step."""
+
+    length: int
 
 
 class Restored(msgspec.Struct, frozen=True, tag=True):
@@ -224,7 +233,9 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
     facts: dict[str, str | int | float | None]
 
 
-ToSupervisor = Hello | Snapshot | Standing | Restored | Notice | Short | Said | Refused | Bye | Ask
+ToSupervisor = (
+    Hello | Sized | Snapshot | Standing | Restored | Notice | Short | Said | Refused | Bye | Ask
+)
 ToWorker = Welcome | TurnedAway | Durable | NotDurable | Released | Answer
 
 _encoder = msgspec.json.Encoder()

@@ -38,6 +38,15 @@ _DEFAULTS = Policy()
     help="Seconds between two durable checkpoints at most.",
 )
 @click.option(
+    "--overhead",
+    "overhead_percent",
+    type=click.FloatRange(min=0.0, max=100.0),
+    default=100 * _DEFAULTS.overhead,
+    show_default=True,
+    help="Percent of the run time that snapshots into memory may cost: they are taken as often as "
+    "that allows. 0: none between checkpoints.",
+)
+@click.option(
     "--keep",
     type=click.IntRange(min=1),
     default=_DEFAULTS.keep,
@@ -94,6 +103,7 @@ def command(
     accept_changes: bool,
     fixed_addresses: bool,
     memory_tier: str,
+    overhead_percent: float,
     **settings: Any,
 ) -> int:
     """Start COMMAND, save it when it is interrupted, and start it again until it has finished.
@@ -108,6 +118,7 @@ def command(
     backoff_s = float(os.environ.get("CKPTD_BACKOFF", _DEFAULTS.backoff_s))
     policy = Policy(
         **settings,
+        overhead=overhead_percent / 100,
         backoff_s=backoff_s,
         flush_signal=_signal_number(flush_signal),
         memory_tier=memory_tier == "auto",

@@ -150,6 +150,12 @@ class RealDisk:
             os.close(descriptor)
 
 
+def free(path: Path) -> int:
+    """Bytes that may still be written where a directory is."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
+
+
 def _read_all(mapping: mmap.mmap, path: Path) -> None:
     """Bring a mapped file into memory, so that a disk that fails is an error and not a SIGBUS."""
     # It is read from begin to end: the disk is then asked for much at once, and ahead.

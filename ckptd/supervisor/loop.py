@@ -25,7 +25,7 @@ import msgspec
 
 from ckptd import wire
 from ckptd.errors import CkptdError, ProtocolError
-from ckptd.host import children, memory
+from ckptd.host import children, disk, memory
 from ckptd.host.children import Child
 from ckptd.host.clock import Clock
 from ckptd.host.disk import RealDisk
@@ -33,7 +33,7 @@ from ckptd.host.signals import Signals
 from ckptd.store import fence, store
 from ckptd.supervisor import machine, server
 from ckptd.supervisor.journal import Journal
-from ckptd.supervisor.policy import Exit, Policy, described
+from ckptd.supervisor.policy import Exit, Policy, at_stake, described, space_short
 from ckptd.supervisor.run import Run, SupervisorFile, boot_id, environment_for
 from ckptd.supervisor.server import Peer, Server, close_all
 from ckptd.supervisor.terminal import Terminal
@@ -99,6 +99,11 @@ class Loop:
         self._unended = b""  # the begin of a line whose rest has not come yet
         self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
         self._durable_at_s: float | None = None
+        self._whole_at_s: float | None = None  # when the newest state in memory was taken
+        self._started_at_s = clock.now_s()
+        self._cost_s = 0.0  # of the last snapshot
+        self._write_began_s = 0.0
+        self._write_s: float | None = None
         self._restarts = 0
         self._last_failure = ""
         newest = self._newest()
@@ -178,6 +183,7 @@ class Loop:
                 if attempt is not None:
                     attempt.child.signal(number)
             case machine.Publish(generation):
+                self._write_began_s = self._clock.now_s()
                 self._writer.publish(self._held[generation])
             case machine.Forget(generation):
                 self._release(generation)
@@ -241,6 +247,7 @@ class Loop:
         page = wire.StatusPage(memory.shared(page_fd, wire.PAGE_BYTES))
         checkpoint = None if newest is None else newest.path
         self._attempt = _Attempt(self._number, child, output, page_fd, page, checkpoint, snapshot)
+        self._started_at_s = self._clock.now_s()
         self._samples.clear()
         self._last_lines.clear()
         self._unended = b""
@@ -328,6 +335,7 @@ class Loop:
         done: Done = self._writer.take()
         if done.why is None:
             self._durable_at_s = self._clock.now_s()
+            self._write_s = self._durable_at_s - self._write_began_s
             self._tell(machine.Published(done.generation, done.step))
         else:
             self._tell(machine.PublishFailed(done.generation, done.why, done.fenced))
@@ -440,14 +448,20 @@ class Loop:
         if isinstance(message, wire.Snapshot) and len(descriptors) == 1:
             self._held[message.generation] = Job(message, descriptors[0], attempt.number)
             self._generation = message.generation
+            self._whole_at_s, self._cost_s = self._clock.now_s(), message.cost_s
             asked = wire.serial_of(message.asked)
-            self._tell(machine.SnapshotCame(message.generation, message.step, asked))
+            self._tell(
+                machine.SnapshotCame(message.generation, message.step, asked, message.cost_s)
+            )
             return
         close_all(descriptors)
         self._heard(message)
 
     def _heard(self, message: wire.ToSupervisor) -> None:
         match message:
+            case wire.Sized(length):
+                self._check_space(length)
+                self._tell(machine.Sized(length))
             case wire.Standing(generation, asked):
                 self._tell(machine.Stood(generation, wire.serial_of(asked)))
             case wire.Restored(step, seconds):
@@ -471,6 +485,15 @@ class Loop:
                 self._tell(machine.WorkerSaidBye(finished))
             case _:
                 self._terminal.say(f"the worker sent a {type(message).__name__}: ignored")
+
+    def _check_space(self, length: int) -> None:
+        """Before the first step: that no disk is full at three in the morning."""
+        there = len(self._disk.names(self._run.checkpoints))
+        free = disk.free(self._run.path)
+        short = space_short(length, self._policy.keep, there, free)
+        if short is not None:
+            self._journal.write("space is short", needed=length, free=free)
+            self._terminal.say(f"{self._run.path}: {short}")
 
     def _drop_worker(self) -> None:
         attempt = self._attempt
@@ -537,8 +560,28 @@ class Loop:
             "restarts": self._restarts,
             "last failure": self._last_failure or None,
             "not durable because": ledger.failed,
+            "would cost": self._at_stake(now_s, rate),
             **{f"log {name}": value for name, value in values.items()},
         }
+
+    def _at_stake(self, now_s: float, rate: float | None) -> str | None:
+        """What an interruption would cost now; None: no worker runs."""
+        if self._attempt is None or self._attempt.worker is None:
+            return None
+        ledger = self._state.ledger
+        durable_s = None if self._durable_at_s is None else now_s - self._durable_at_s
+        in_memory = ledger.held is not None or ledger.writing is not None
+        whole_s = durable_s
+        if in_memory and self._whole_at_s is not None:
+            whole_s = now_s - self._whole_at_s
+        return at_stake(
+            self._policy.grace_s,
+            flush_s=None if self._write_s is None else self._cost_s + self._write_s,
+            step_s=None if not rate else 1 / rate,
+            whole_s=whole_s,
+            durable_s=durable_s,
+            runs_s=now_s - self._started_at_s,
+        )
 
     def _summary(self) -> str:
         """One line for a person: "attached · 3/30 · 40/120 · step 400 · 12.3/s · durable 400"."""

@@ -88,12 +88,25 @@ class WorkerDetached:
 
 
 @dataclass(frozen=True, slots=True)
+class Sized:
+    """The worker said about how many bytes a snapshot of its state will have."""
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotCame:
-    """A whole state is in memory; `asked` is the request's serial, 0 for an unasked one."""
+    """A whole state is in memory.
+
+    Attributes:
+        asked: the request's serial; 0: it was not asked for.
+        cost_s: for how long it held up training.
+    """
 
     generation: int
     step: int
     asked: int
+    cost_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +195,7 @@ Fact = (
     | SpawnFailed
     | WorkerAttached
     | WorkerDetached
+    | Sized
     | SnapshotCame
     | Stood
     | WorkerRefused
@@ -346,9 +360,11 @@ class Attached:
 
     Attributes:
         flush_s: when the next checkpoint is due; infinite while one is under way.
+        hold_s: when the next snapshot into memory is due; infinite while one is, or none is wanted.
     """
 
     flush_s: float
+    hold_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,6 +465,8 @@ class State:
         failures: failures in a row without progress between them.
         failed_step: the step of the last failure; None: none yet.
         serial: of the last request.
+        wanted: serial of the newest request whose answer is to be made durable; 0: it came.
+        hold_every_s: how long to train between two snapshots into memory.
         asked: whether somebody waits for an answer to `ckptd checkpoint`.
         refused: what a worker said when it refused to go on in this attempt.
         unfinished: of this attempt's worker it is known that it has not finished; or it has not
@@ -463,6 +481,8 @@ class State:
     failures: int = 0
     failed_step: int | None = None
     serial: int = 0
+    wanted: int = 0
+    hold_every_s: float = policies.HOLD_S_MIN
     asked: bool = False
     refused: str | None = None
     unfinished: bool = False
@@ -489,7 +509,8 @@ def deadline(state: State) -> float | None:
     """Until when nothing has to happen by itself; None: for ever."""
     phase = state.phase
     if isinstance(phase, Attached):
-        return None if math.isinf(phase.flush_s) else phase.flush_s
+        due_s = min(phase.flush_s, phase.hold_s)
+        return None if math.isinf(due_s) else due_s
     if isinstance(phase, Ended):
         return None
     return phase.deadline_s
@@ -519,15 +540,24 @@ def _with(state: State, **changes: Any) -> State:
 def _hold(state: State, fact: SnapshotCame) -> Turn:
     """Keep the newest snapshot. One that is due stays due: the newer one is written instead."""
     old = state.ledger.held
-    due = fact.asked > 0 or (old is not None and old.due)
+    due = _answers(state, fact.asked) or (old is not None and old.due)
     actions: list[Action] = [] if old is None else [Forget(old.generation)]
     state = _with(state, held=Held(fact.generation, fact.step, due))
+    state = replace(state, wanted=0 if due else state.wanted)
     state, more = _publish_due(state)
     return state, actions + more
 
 
+def _answers(state: State, asked: int) -> bool:
+    """Whether an answer is one that is to be made durable. A later request covers an older one."""
+    return 0 < state.wanted <= asked
+
+
 def _stand(state: State, fact: Stood) -> Turn:
     """A snapshot that was sent before is due now. It may be durable already."""
+    if not _answers(state, fact.asked):
+        return state, []
+    state = replace(state, wanted=0)
     ledger = state.ledger
     if ledger.durable_generation >= fact.generation:
         actions = [Receipt(fact.generation, None), *_tell_asker(state, ok=True)]
@@ -724,6 +754,7 @@ def _start(state: State, phase: Pausing, fact: Ticked, now_s: float) -> Turn:
     if held is not None and not held.durable:
         state = _with(state, held=replace(held, due=True))  # the disk may have come back
     state, actions = _publish_due(replace(state, phase=Unattached()))
+    state = replace(state, wanted=0)  # the worker that was asked is gone
     # The attempt is claimed first: a write of an older one is refused.
     return state, [Spawn(None if held is None or from_disk else held.generation), *actions]
 
@@ -752,7 +783,8 @@ def _checkpoint_while_idle(state: State, phase: Phase, fact: Fact, now_s: float)
 def _attached(state: State, phase: Unattached, fact: WorkerAttached, now_s: float) -> Turn:
     state = replace(state, ever_attached=True, unfinished=not fact.own)
     if phase.deadline_s is None:
-        return replace(state, phase=Attached(now_s + state.policy.every_s)), []
+        every_s = state.policy.every_s
+        return replace(state, phase=Attached(now_s + every_s, now_s + state.hold_every_s)), []
     return _ask_to_leave(state, phase.stop, phase.deadline_s)
 
 
@@ -814,17 +846,38 @@ def _detached(state: State, phase: Attached, fact: WorkerDetached, now_s: float)
     return replace(state, phase=Unattached()), []
 
 
+def _sized(state: State, phase: Attached, fact: Sized, now_s: float) -> Turn:
+    # Nothing is measured yet, and the first one costs most: it fills memory that is new.
+    every_s = state.policy.hold_every_s(fact.length / policies.FILL_RATE)
+    state = replace(state, hold_every_s=every_s)
+    return replace(state, phase=replace(phase, hold_s=now_s + every_s)), []
+
+
 def _tick_attached(state: State, phase: Attached, fact: Ticked, now_s: float) -> Turn:
-    if now_s < phase.flush_s:
-        return state, []
-    if state.ledger.durable_step is not None and fact.step <= state.ledger.durable_step:
-        return replace(state, phase=Attached(now_s + state.policy.every_s)), []
-    return _ask_to_flush(state)
-
-
-def _ask_to_flush(state: State) -> Turn:
+    ledger = state.ledger
+    flush = now_s >= phase.flush_s
+    if flush and (ledger.durable_step is None or fact.step > ledger.durable_step):
+        return _ask_to_flush(state, phase)
+    if flush:
+        phase = replace(phase, flush_s=now_s + state.policy.every_s)
+    if now_s < phase.hold_s:
+        return replace(state, phase=phase), []
+    whole = (ledger.held, ledger.writing)
+    newest = max([ledger.durable_step or 0, *(one.step for one in whole if one is not None)])
+    if ledger.writing is not None or fact.step <= newest:
+        # Both memories are in use, or there is nothing new.
+        return replace(state, phase=replace(phase, hold_s=now_s + state.hold_every_s)), []
+    phase = replace(phase, hold_s=math.inf)
+    if not state.keeps:
+        return replace(state, phase=phase), []
     serial = state.serial + 1
-    state = replace(state, serial=serial, phase=Attached(math.inf))
+    return replace(state, serial=serial, phase=phase), [Request(serial, leave=False)]
+
+
+def _ask_to_flush(state: State, phase: Attached) -> Turn:
+    serial = state.serial + 1
+    phase = replace(phase, flush_s=math.inf, hold_s=math.inf)
+    state = replace(state, serial=serial, wanted=serial, phase=phase)
     return state, [Request(serial, leave=False)]
 
 
@@ -833,7 +886,7 @@ def _ask_to_leave(
 ) -> Turn:
     serial = state.serial + 1
     phase = Flushing(deadline_s, stop, serial, interrupts)
-    state = replace(state, serial=serial, phase=phase)
+    state = replace(state, serial=serial, wanted=serial, phase=phase)
     note: list[Action] = [] if passed else [Note("asked to stop", {"by": stop})]
     return state, [*note, Request(serial, leave=True)]
 
@@ -841,7 +894,7 @@ def _ask_to_leave(
 def _signal_attached(state: State, phase: Attached, fact: Fact, now_s: float) -> Turn:
     stop = _stop_name(fact)
     if stop is None:
-        return _ask_to_flush(state)
+        return _ask_to_flush(state, phase)
     interrupts = int(isinstance(fact, Signalled) and fact.number == INT)
     deadline_s = now_s + state.policy.grace_s
     state, actions = _ask_to_leave(state, stop, deadline_s, interrupts, passed=False)
@@ -854,24 +907,30 @@ def _checkpoint_attached(
     fact: CheckpointAsked,
     now_s: float,
 ) -> Turn:
-    return _ask_to_flush(replace(state, asked=True))
+    return _ask_to_flush(replace(state, asked=True), phase)
 
 
 def _snapshot(state: State, phase: Phase, fact: SnapshotCame, now_s: float) -> Turn:
     return _hold(state, fact)
 
 
+def _snapshot_attached(state: State, phase: Attached, fact: SnapshotCame, now_s: float) -> Turn:
+    every_s = state.policy.hold_every_s(fact.cost_s)
+    state = replace(state, hold_every_s=every_s, phase=replace(phase, hold_s=now_s + every_s))
+    return _hold(state, fact)
+
+
 def _stood(state: State, phase: Attached, fact: Stood, now_s: float) -> Turn:
-    durable = state.ledger.durable_generation >= fact.generation
-    state, actions = _stand(state, fact)
-    if durable:  # nothing will be written, so nothing else sets the next time
-        state = replace(state, phase=Attached(now_s + state.policy.every_s))
-    return state, actions
+    phase = replace(phase, hold_s=now_s + state.hold_every_s)
+    if _answers(state, fact.asked) and state.ledger.durable_generation >= fact.generation:
+        # Nothing will be written, so nothing else sets the next time.
+        phase = replace(phase, flush_s=now_s + state.policy.every_s)
+    return _stand(replace(state, phase=phase), fact)
 
 
 def _published(state: State, phase: Attached, fact: Published, now_s: float) -> Turn:
     state, actions = _book(state, fact)
-    return replace(state, phase=Attached(now_s + state.policy.every_s)), actions
+    return replace(state, phase=replace(phase, flush_s=now_s + state.policy.every_s)), actions
 
 
 def _publish_failed(state: State, phase: Attached, fact: PublishFailed, now_s: float) -> Turn:
@@ -879,7 +938,7 @@ def _publish_failed(state: State, phase: Attached, fact: PublishFailed, now_s: f
         return _fenced(state, fact, now_s)
     state, actions = _book_failure(state, fact)
     pause_s = min(state.policy.every_s, state.policy.pause_s(state.ledger.failures))
-    return replace(state, phase=Attached(now_s + pause_s)), actions
+    return replace(state, phase=replace(phase, flush_s=now_s + pause_s)), actions
 
 
 def _fenced(state: State, fact: PublishFailed, now_s: float) -> Turn:
@@ -1113,6 +1172,7 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Unattached, SpawnFailed): _spawn_failed,
     (Unattached, WorkerAttached): _attached,
     (Unattached, WorkerDetached): _ignored("no worker is attached"),
+    (Unattached, Sized): _ignored("it tells how often to ask, and nobody is asked here"),
     (Unattached, SnapshotCame): _snapshot,
     (Unattached, Stood): lambda state, _, fact, __: _stand(state, fact),
     (Unattached, WorkerRefused): _refused,
@@ -1132,7 +1192,8 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Attached, SpawnFailed): _NOT_SPAWNED,
     (Attached, WorkerAttached): _ignored("the loop turns a second worker away"),
     (Attached, WorkerDetached): _detached,
-    (Attached, SnapshotCame): _snapshot,
+    (Attached, Sized): _sized,
+    (Attached, SnapshotCame): _snapshot_attached,
     (Attached, Stood): _stood,
     (Attached, WorkerRefused): _refused,
     (Attached, WorkerSaidBye): _said_bye,
@@ -1149,6 +1210,7 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Flushing, SpawnFailed): _NOT_SPAWNED,
     (Flushing, WorkerAttached): _ignored("the loop turns a second worker away"),
     (Flushing, WorkerDetached): _ignored("the command's exit tells what became of it"),
+    (Flushing, Sized): _ignored("it is to leave: nothing more is asked"),
     (Flushing, SnapshotCame): _snapshot_flushing,
     (Flushing, Stood): _stood_flushing,
     (Flushing, WorkerRefused): _refused,

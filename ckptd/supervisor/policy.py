@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 from typing import Final
 
@@ -38,11 +39,18 @@ class Exit(IntEnum):
     INTERRUPTED = 75
 
 
+#: At least so long between two snapshots that are only held in memory, however cheap they are.
+HOLD_S_MIN: Final = 1.0
+#: How fast a first snapshot is assumed to fill memory that no one has used yet, in bytes a second.
+FILL_RATE: Final = 1e9
+
+
 class Policy(msgspec.Struct, frozen=True):
     """What the user can set.
 
     Attributes:
         every_s: at most so long between two durable checkpoints of a running job.
+        overhead: the share of the run time that snapshots into memory may cost; 0: none are taken.
         grace_s: from a notice to the end of the worker.
         keep: checkpoints to keep.
         memory_tier: whether the newest snapshot stays in memory, to start again from.
@@ -55,6 +63,7 @@ class Policy(msgspec.Struct, frozen=True):
     """
 
     every_s: float = 300.0
+    overhead: float = 0.01
     grace_s: float = 30.0
     keep: int = 3
     memory_tier: bool = True
@@ -64,9 +73,89 @@ class Policy(msgspec.Struct, frozen=True):
     kill_s: float = 10.0
     flush_signal: int | None = None
 
+    def hold_every_s(self, cost_s: float) -> float:
+        """How long to train between two snapshots into memory, in seconds.
+
+        Args:
+            cost_s: for how long one holds up training.
+        """
+        return max(HOLD_S_MIN, cost_s / self.overhead) if self.overhead > 0 else math.inf
+
     def pause_s(self, failures: int) -> float:
         """The pause before the relaunch after the `failures`-th failure in a row, in seconds."""
         return min(self.backoff_s * 2.0 ** min(failures - 1, 60), self.backoff_s_max)
+
+
+def space_short(length: int, keep: int, there: int, free: int) -> str | None:
+    """What to say where the checkpoints will not all fit; None: they will.
+
+    Args:
+        length: bytes of one checkpoint.
+        keep: how many are kept. One more is there while it is written.
+        there: how many are there already.
+        free: bytes that are free.
+    """
+    missing = max(1, keep + 1 - there)
+    needed = missing * length
+    if needed <= free:
+        return None
+    fitting = free // length + there - 1
+    # Not even one fits: an old one is only removed when the next one is durable.
+    fewer = length <= free and 1 <= fitting < keep
+    advice = f"or keep fewer: --keep {fitting}" if fewer else "or use another --dir"
+    return (
+        f"a checkpoint has about {sized(length)}; --keep {keep} and one that is being written need "
+        f"{sized(needed)} more, and {sized(free)} are free. Free some, {advice}. Training goes on."
+    )
+
+
+def at_stake(
+    grace_s: float,
+    *,
+    flush_s: float | None,
+    step_s: float | None,
+    whole_s: float | None,
+    durable_s: float | None,
+    runs_s: float,
+) -> str:
+    """What an interruption would cost now, for a person.
+
+    Args:
+        grace_s: how long a stopped job has.
+        flush_s: how long the last snapshot and its write took; None: there was none yet.
+        step_s: how long a step takes; None: not known.
+        whole_s: the age of the newest state that is in memory or durable; None: there is none.
+        durable_s: the age of the newest durable one; None: there is none.
+        runs_s: how long the attempt runs.
+    """
+    crash_s = runs_s if whole_s is None else min(whole_s, runs_s)
+    power_s = runs_s if durable_s is None else min(durable_s, runs_s)
+    needs_s = None if flush_s is None else flush_s + (step_s or 0.0)
+    fits = needs_s is None or needs_s <= grace_s
+    words = [
+        "SIGTERM: 0 steps" if fits else f"SIGTERM: ≤ {_duration(crash_s)}",
+        f"crash: ≤ {_duration(crash_s)}",
+        f"power cut: ≤ {_duration(power_s)}",
+    ]
+    if needs_s is not None:
+        words.append(f"a flush needs {_duration(needs_s)}, the grace is {grace_s:g} s")
+    return "; ".join(words)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:  # two minutes are still easy to read in seconds
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def sized(length: float) -> str:
+    """A number of bytes for a person: "1.5 GiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if length < 1024:  # a power of two of the units
+            return f"{length:.4g} {unit}"
+        length /= 1024
+    return f"{length:.4g} GiB"
 
 
 def failures_in_a_row(before: int, step: int, failed_step: int | None) -> int:

@@ -216,6 +216,7 @@ class LaunchedJob(Job):
             if self.resumed:
                 self._begin_resuming(self._open_checkpoint())
             self.track(**named)
+            self._announce_size()
         self._link.forward_signals()
         atexit.register(self._at_exit)
 
@@ -323,8 +324,9 @@ class LaunchedJob(Job):
             self.say(text)
 
     def send_snapshot(self, *, keep: bool) -> int:
+        began_s = time.monotonic()
         captured = self._capture()
-        self._send(captured, asked=0)
+        self._send(captured, began_s, asked=0)
         if keep:
             self._kept = captured
         else:
@@ -337,6 +339,7 @@ class LaunchedJob(Job):
             self._kept = None
 
     def answer(self) -> None:
+        began_s = time.monotonic()
         word = int(self.words[wire.WORD_REQUEST])
         request = wire.request_of(word)
         self.answered = word
@@ -348,7 +351,7 @@ class LaunchedJob(Job):
             generation = standing
         else:
             captured = self._capture()
-            self._send(captured, asked=word)
+            self._send(captured, began_s, asked=word)
             self._arenas.let_go(captured.arena)
             generation = self._generation
         if request is wire.Request.LEAVE:
@@ -406,6 +409,28 @@ class LaunchedJob(Job):
         arena, extents = writer.write(document, self._arenas, self._layouts)
         return _Captured(arena, self._loops.step, extents, list(lengths))
 
+    def _announce_size(self) -> None:
+        """Before the first step: about how much a snapshot will need.
+
+        Raises:
+            UsageError: this process may not have a file, or a memory, of that size.
+        """
+        carriers, naming = self._carriers_and_names()
+        now = sum(
+            tensor.nbytes
+            for carrier in carriers.values()
+            for frozen in carrier.full(naming).values()
+            for _, tensor in frozen.tensors
+        )
+        limit = memory.limit()
+        if limit is not None and limit < now:
+            raise UsageError(
+                f"`ulimit -f` allows files of {limit >> 10} KiB, and a checkpoint of this job has "
+                f"at least {now >> 10} KiB: raise it (ulimit -f unlimited) and start the job again"
+            )
+        later = sum(carrier.later() for carrier in carriers.values())
+        self._link.send(wire.Sized(now + later))
+
     def _carry_on_unclaimed(self, writer: Writer) -> Iterator[tuple[str, Json]]:
         """Objects of the checkpoint that the script has not tracked again yet."""
         for name, component in self._unclaimed.items():
@@ -413,7 +438,7 @@ class LaunchedJob(Job):
                 kind, parts = component["kind"], component["frozen"]
                 yield name, {"kind": kind, "parts": _entries(writer, name, kind, parts)}
 
-    def _send(self, captured: _Captured, *, asked: int) -> None:
+    def _send(self, captured: _Captured, began_s: float, *, asked: int) -> None:
         self._generation += 1
         message = wire.Snapshot(
             self._generation,
@@ -421,6 +446,7 @@ class LaunchedJob(Job):
             captured.extents,
             captured.outputs,
             asked,
+            time.monotonic() - began_s,
         )
         # Before it is sent: it may be let go of before `send` returns.
         self._arenas.sent(self._generation, captured.arena)

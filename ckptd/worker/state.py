@@ -115,6 +115,10 @@ class Carrier(ABC):
         """The loose values alone; None: this kind has none."""
         return None
 
+    def later(self) -> int:
+        """About how many bytes `full` gains with the first step: gradients, moments."""
+        return 0
+
     @abstractmethod
     def check(self, saved: Saved, naming: Naming) -> None:
         """Refuse what does not fit.
@@ -278,6 +282,10 @@ class ModuleCarrier(Carrier):
                 module = inner  # torch.compile's wrapper
             else:
                 return cast("torch.nn.Module", module)
+
+    def later(self) -> int:
+        trained = [p for p in self.module.parameters() if p.requires_grad and p.grad is None]
+        return sum(parameter.nbytes for parameter in trained)
 
     def _members(self) -> tuple[_Members, _Names]:
         members = _Members(self.module)
@@ -498,6 +506,13 @@ def _keeps_plain_state(optimizer: Optimizer) -> bool:
     )
 
 
+def _moments(group: Mapping[str, Any]) -> int:
+    """How many tensors of a parameter's size an optimizer keeps, told from its settings."""
+    if "betas" in group:
+        return 3 if group.get("amsgrad") else 2
+    return 1 if group.get("momentum") or "alpha" in group or "rho" in group else 0
+
+
 class OptimizerCarrier(Carrier):
     """An optimizer: groups, their settings and their parameters by name; state by parameter."""
 
@@ -533,6 +548,16 @@ class OptimizerCarrier(Carrier):
         if held["type"] != type(self.target).__qualname__:
             raise self.refuse(f"a {type(self.target).__qualname__}", f"a {held['type']}")
         self._check_names(saved, naming)
+
+    def later(self) -> int:
+        if self.target.state:
+            return 0
+        return sum(
+            _moments(group) * parameter.nbytes
+            for group in self.target.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        )
 
     def _check_names(self, saved: Saved, naming: Naming) -> None:
         groups = saved.thaw(dict(_pairs(saved.trees[""]))["groups"], name=self.name)

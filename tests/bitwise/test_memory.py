@@ -55,3 +55,18 @@ def test_memory_tier_off(workshop: Workshop, expected: str) -> None:
         (10, "disk"),
     ]
     assert (workshop.path / "out").read_text() == expected
+
+
+def test_cadence(workshop: Workshop, tmp_path: Path) -> None:
+    """Nobody asks for a checkpoint: snapshots are taken as often as they may cost, none is written
+    while the job runs, and a killed worker loses the one step since."""
+    script = str(SCRIPTS / "cadence.py")
+    workshop.plain(sys.executable, script, str(tmp_path / "plain"))
+    done = workshop.launch(sys.executable, script, str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr + done.stdout
+    events = workshop.journal()
+    starts = [(one["step"], one["of"]) for one in events if one["event"] == "started"]
+    assert starts == [(None, "disk"), (12, "memory")]
+    durable = [one["step"] for one in events if one["event"] == "durable"]
+    assert durable == [12], "made durable when the worker had died, and not before"
+    assert (tmp_path / "out").read_text() == (tmp_path / "plain").read_text()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 
 from ckptd.supervisor import machine as m
-from ckptd.supervisor.policy import Exit, Policy, failures_in_a_row
+from ckptd.supervisor.policy import (
+    HOLD_S_MIN,
+    Exit,
+    Policy,
+    at_stake,
+    failures_in_a_row,
+    space_short,
+)
 
 POLICY = Policy(every_s=300.0, grace_s=30.0, restarts_max=2, backoff_s=1.0)
 NOW = 1000.0
@@ -21,6 +29,7 @@ PHASES = (
     m.Unattached(NOW + 30, "SIGTERM"),
     m.Attached(NOW + 300),
     m.Attached(math.inf),
+    m.Attached(NOW + 300, NOW + 5),
     m.Flushing(NOW + 30, "SIGTERM", 1, 0),
     m.Flushing(NOW + 30, "SIGINT", 1, 2, answer=1),
     m.Leaving(NOW + 30, STOPPED),
@@ -33,6 +42,7 @@ FACTS = (
     m.SpawnFailed("no such file"),
     m.WorkerAttached(),
     m.WorkerDetached(),
+    m.Sized(1 << 30),
     m.SnapshotCame(2, 20, 1),
     m.Stood(1, 1),
     m.WorkerRefused("it does not fit"),
@@ -140,7 +150,7 @@ def test_usr2_flushes_and_goes_on() -> None:
     assert actions == [m.Request(2, leave=False)]
     assert m.deadline(state) is None
     state, _ = after(state, m.SnapshotCame(1, 50, 2), m.Published(1, 50))
-    assert state.phase == m.Attached(NOW + 300)
+    assert state.phase == m.Attached(NOW + 300, NOW + HOLD_S_MIN)
     assert state.ledger.durable_step == 50
 
 
@@ -292,7 +302,8 @@ def test_a_full_disk_does_not_stop_training() -> None:
         came = m.SnapshotCame(number, 10 * number, number + 1)
         state, actions = after(state, came, failed, now_s=now_s)
         said += [action.text for action in actions if isinstance(action, m.Say)]
-        assert m.deadline(state) == now_s + pause_s
+        assert isinstance(state.phase, m.Attached)
+        assert state.phase.flush_s == now_s + pause_s
         now_s += pause_s
         state, asked = m.step(state, m.Ticked(10 * number + 5), now_s)
         assert [type(action) for action in asked] == [m.Request]
@@ -301,7 +312,8 @@ def test_a_full_disk_does_not_stop_training() -> None:
     came = m.SnapshotCame(9, 90, 10)
     state, actions = after(state, came, m.Published(9, 90), now_s=now_s)
     assert m.Say("durable again, at step 90") in actions
-    assert m.deadline(state) == now_s + POLICY.every_s
+    assert isinstance(state.phase, m.Attached)
+    assert state.phase.flush_s == now_s + POLICY.every_s
 
 
 def test_a_full_disk_at_a_start_is_waited_for() -> None:
@@ -378,3 +390,82 @@ def test_a_command_that_cannot_be_started() -> None:
         state = restart(state)
     _, actions = after(state, m.SpawnFailed("no memory"), m.TreeGone())
     assert ended(actions) == [Exit.GAVE_UP]
+
+
+# ------------------------------------------------------------------ snapshots into memory
+
+
+def test_snapshots_are_taken_as_often_as_their_cost_allows() -> None:
+    """Each costs 1 % of the time until the next one, and none is written by itself."""
+    now_s, taken = NOW, []
+    state, _ = after(at(m.Unattached()), m.WorkerAttached(), m.Sized(1 << 20))
+    for number in range(1, 6):
+        now_s = m.deadline(state) or 0.0
+        state, actions = after(state, m.Ticked(10 * number), now_s=now_s)
+        assert actions == [m.Request(1 + number, leave=False)]
+        assert m.deadline(state) == NOW + 300, "asked once"
+        came = m.SnapshotCame(number, 10 * number, 1 + number, cost_s=0.25)
+        state, actions = after(state, came, now_s=now_s)
+        assert actions == ([m.Forget(number - 1)] if number > 1 else [])
+        taken.append(now_s)
+    assert [b - a for a, b in itertools.pairwise(taken)] == [25.0] * 4
+
+
+def test_the_first_snapshot_is_taken_when_its_share_has_been_earned() -> None:
+    """A GiB of new memory takes about a second to fill: not in the first seconds of a job."""
+    state, _ = after(at(m.Unattached()), m.WorkerAttached(), m.Sized(10**9))
+    assert m.deadline(state) == NOW + 100
+
+
+def test_no_snapshot_into_memory_where_none_is_wanted() -> None:
+    """`--overhead 0`, `--memory-tier off`, no memory left, nothing new, or a write under way."""
+    policy = Policy(every_s=300.0, overhead=0.0)
+    state, _ = after(replace(at(m.Unattached()), policy=policy), m.WorkerAttached(), m.Sized(1))
+    state, _ = after(state, m.SnapshotCame(1, 5, 0, 0.1))
+    assert m.deadline(state) == NOW + 300
+    held = m.Held(1, 10, due=False)
+    due = at(m.Attached(NOW + 300, NOW), held=held)
+    assert after(due, m.Ticked(11))[1] == [m.Request(2, leave=False)]
+    assert after(due, m.Ticked(10))[1] == [], "nothing new"
+    assert after(due, m.MemoryShort(), m.Ticked(11))[1] == []
+    assert after(replace(due, keeps=False), m.Ticked(11))[1] == []
+    assert after(at(m.Attached(NOW + 300, NOW), writing=held), m.Ticked(11))[1] == []
+
+
+def test_a_checkpoint_is_written_though_memory_was_asked_for_meanwhile() -> None:
+    """The word on the page holds one request: the answer to a later one serves an earlier one."""
+    state, _ = after(at(m.Attached(NOW, NOW)), m.Ticked(11))
+    assert state.wanted == 2
+    state, actions = after(state, m.SnapshotCame(1, 11, 3, 0.1))
+    assert actions == [m.Publish(1)]
+    state, actions = after(state, m.SnapshotCame(2, 12, 4, 0.1))
+    assert m.Publish(2) not in actions
+    assert state.wanted == 0
+    _, actions = after(state, m.Published(1, 11), m.Stood(2, 5))
+    assert not any(isinstance(action, m.Publish) for action in actions)
+
+
+# ------------------------------------------------------------------ what is said
+
+
+def test_what_an_interruption_would_cost() -> None:
+    """One line for a person; a flush that does not fit into the grace is not called free."""
+    stake = {"flush_s": 0.75, "step_s": 0.05, "whole_s": 12.0, "durable_s": 240.0, "runs_s": 900.0}
+    assert at_stake(30.0, **stake) == (
+        "SIGTERM: 0 steps; crash: ≤ 12 s; power cut: ≤ 4 min; a flush needs 0.8 s, the grace is "
+        "30 s"
+    )
+    assert at_stake(0.5, **stake).startswith("SIGTERM: ≤ 12 s; crash")
+    none = dict.fromkeys(("flush_s", "step_s", "whole_s", "durable_s"))
+    said = at_stake(30.0, **none, runs_s=8000.0)
+    assert said == "SIGTERM: 0 steps; crash: ≤ 2.2 h; power cut: ≤ 2.2 h"
+
+
+def test_space_is_counted_for_all_checkpoints() -> None:
+    """`keep` and the one that is written, less those that are there; and what would fit."""
+    assert space_short(100, 3, 0, 400) is None
+    assert space_short(100, 3, 3, 100) is None
+    assert "--keep 2" in str(space_short(100, 3, 0, 399))
+    assert "--keep 1" in str(space_short(100, 3, 1, 199))
+    assert "another --dir" in str(space_short(100, 3, 0, 99))
+    assert "another --dir" in str(space_short(100, 3, 3, 99)), "there is no room for the next one"

@@ -13,7 +13,7 @@ from world import World
 from ckptd.supervisor import machine as m
 from ckptd.supervisor import policy
 
-SEEDS = 600
+SEEDS = 3000
 
 
 def worlds() -> None:

@@ -7,7 +7,7 @@ from world import World
 
 from ckptd.supervisor import machine as m
 
-SEEDS = 3000
+SEEDS = 30_000
 
 
 @pytest.mark.parametrize("block", range(10))

@@ -18,8 +18,8 @@ from ckptd.supervisor.policy import Exit, Policy
 
 TURNS_MAX = 20_000
 SLACK_S = 1.0
-CODES = {*map(int, Exit), *(128 + n for n in (m.HUP, m.INT, m.KILL, m.USR1, 11, m.TERM)), 3}
-PATIENCE_S = 5000.0
+CODES = {*map(int, Exit), *(128 + n for n in (m.HUP, m.INT, m.KILL, m.USR1, 11, m.TERM)), 1, 3}
+PATIENCE_S = 1000.0
 
 
 @dataclass
@@ -57,6 +57,7 @@ class World:
             grace_s=self.dice.choice([1.0, 5.0, 30.0]),
             restarts_max=self.dice.choice([0, 1, 3]),
             memory_tier=self.dice.random() < 0.8,
+            overhead=self.dice.choice([0.0, 0.01, 0.1]),
         )
         self.now_s = 0.0
         self.numbers = itertools.count()
@@ -226,6 +227,7 @@ class World:
         if child.alive:
             child.attached = True
             self.tell(m.WorkerAttached())
+            self.tell(m.Sized(self.dice.choice([1, 10**9])))
             self.soon(lambda: self.live(child))
 
     def live(self, child: Child) -> None:
@@ -267,7 +269,8 @@ class World:
         self.generation = child.generation = self.generation + 1
         child.awaiting = child.generation
         self.held[child.generation] = child.step
-        self.tell(m.SnapshotCame(child.generation, child.step, asked))
+        cost_s = self.dice.choice([0.1, 0.5])
+        self.tell(m.SnapshotCame(child.generation, child.step, asked, cost_s))
 
     def exits(self, child: Child, code: int) -> None:
         if child.alive:
