@@ -226,8 +226,15 @@ def _described(content: Content) -> File:
         return File(len(view), manifests.sum_of(view))
 
 
-def newest(disk: Disk, checkpoints: Path) -> tuple[Checkpoint | None, list[SetAside]]:
+def newest(
+    disk: Disk, checkpoints: Path, *, skip: int = 0
+) -> tuple[Checkpoint | None, list[SetAside]]:
     """The newest sound checkpoint; damaged ones that are newer are set aside.
+
+    Args:
+        disk: where they are.
+        checkpoints: their directory.
+        skip: how many of the newest ones to leave out, unread.
 
     Returns:
         The checkpoint (None: there is none), verified to the last bit, and what was set aside.
@@ -236,7 +243,7 @@ def newest(disk: Disk, checkpoints: Path) -> tuple[Checkpoint | None, list[SetAs
         OSError: the disk refused to be read, or to set aside.
     """
     set_aside: list[SetAside] = []
-    for name in retention.newest_first(disk.names(checkpoints)):
+    for name in retention.newest_first(disk.names(checkpoints))[skip:]:
         path = checkpoints / name
         try:
             return Checkpoint(path, verify(disk, path)), set_aside

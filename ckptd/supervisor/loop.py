@@ -30,7 +30,7 @@ from ckptd.host.children import Child
 from ckptd.host.clock import Clock
 from ckptd.host.disk import RealDisk
 from ckptd.host.signals import Signals
-from ckptd.store import fence, store
+from ckptd.store import fence, retention, store
 from ckptd.supervisor import machine, server
 from ckptd.supervisor.journal import Journal
 from ckptd.supervisor.policy import Exit, Policy, at_stake, described, space_short
@@ -112,6 +112,7 @@ class Loop:
             clock.now_s(),
             durable_step=None if newest is None else newest.step,
             ever_attached=job.facts is not None,
+            checkpoints=len(retention.newest_first(self._disk.names(run.checkpoints))),
         )
 
     def run(self) -> int:
@@ -173,8 +174,8 @@ class Loop:
     def _do(self, action: machine.Action) -> None:  # one line an action
         attempt = self._attempt
         match action:
-            case machine.Spawn(memory):
-                self._spawn(None if memory is None else self._held[memory])
+            case machine.Spawn(memory, older):
+                self._spawn(None if memory is None else self._held[memory], older=older)
             case machine.Request(serial, leave):
                 request = wire.Request.LEAVE if leave else wire.Request.FLUSH
                 assert attempt is not None, "a worker is attached"
@@ -212,16 +213,16 @@ class Loop:
         if attempt is not None and attempt.worker is not None and attempt.number == job.attempt:
             attempt.worker.send_or_drop(wire.Released(generation))
 
-    def _spawn(self, memory: Job | None) -> None:
+    def _spawn(self, memory: Job | None, *, older: bool) -> None:
         try:
-            self._start(memory)
+            self._start(memory, older=older)
         except (OSError, CkptdError) as error:
             disk = isinstance(error, OSError) and error.errno in _DISK_REFUSES
             self._tell(machine.SpawnFailed(f"a failure to start it ({error})", disk))
 
-    def _start(self, snapshot: Job | None) -> None:
+    def _start(self, snapshot: Job | None, *, older: bool) -> None:
         """Start the command as a new attempt, from memory or the newest sound checkpoint."""
-        newest = None if snapshot is not None else self._newest()
+        newest = None if snapshot is not None else self._newest(skip=int(older))
         self._number = fence.claim(
             self._disk, self._run.path, f"{os.uname().nodename} {os.getpid()}\n"
         )
@@ -296,9 +297,9 @@ class Loop:
             os.close(descriptor)
         self._attempt = None
 
-    def _newest(self) -> store.Checkpoint | None:
+    def _newest(self, skip: int = 0) -> store.Checkpoint | None:
         """The newest sound checkpoint; what is damaged is set aside and said."""
-        newest, set_aside = store.newest(self._disk, self._run.checkpoints)
+        newest, set_aside = store.newest(self._disk, self._run.checkpoints, skip=skip)
         for one in set_aside:
             self._journal.write("set aside", path=one.path.name, why=one.why)
             self._terminal.say(

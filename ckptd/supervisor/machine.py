@@ -222,9 +222,11 @@ class Spawn:
 
     Attributes:
         memory: the held snapshot to restore; None: the newest sound checkpoint is.
+        older: the checkpoint before the newest one is to be restored instead.
     """
 
     memory: int | None = None
+    older: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,9 +338,14 @@ class Purpose:
 
 @dataclass(frozen=True, slots=True)
 class Pausing:
-    """Nothing runs; the command is started at the deadline."""
+    """Nothing runs; the command is started at the deadline.
+
+    Attributes:
+        older: from the checkpoint before the newest one, which is suspected.
+    """
 
     deadline_s: float
+    older: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,6 +451,7 @@ class Ledger:
             durable, too, for an attempt that has to start again.
         durable_step: the newest durable state's step; None: there is none.
         durable_generation: the newest snapshot that is durable; 0: none.
+        checkpoints: how many checkpoints there are.
         failed: why the newest write failed; None: it did not.
         failures: writes that failed since the last one that did not.
     """
@@ -452,6 +460,7 @@ class Ledger:
     writing: Held | None = None
     durable_step: int | None = None
     durable_generation: int = 0
+    checkpoints: int = 0
     failed: str | None = None
     failures: int = 0
 
@@ -464,6 +473,9 @@ class State:
         ever_attached: whether the command is known to be a ckptd worker.
         failures: failures in a row without progress between them.
         failed_step: the step of the last failure; None: none yet.
+        crash: step and kind of the last crash.
+        crashes: how often in a row it was the same.
+        doubted: the newest checkpoint was suspected, and the one before it tried.
         serial: of the last request.
         wanted: serial of the newest request whose answer is to be made durable; 0: it came.
         hold_every_s: how long to train between two snapshots into memory.
@@ -480,6 +492,9 @@ class State:
     ever_attached: bool = False
     failures: int = 0
     failed_step: int | None = None
+    crash: tuple[int, str] | None = None
+    crashes: int = 0
+    doubted: bool = False
     serial: int = 0
     wanted: int = 0
     hold_every_s: float = policies.HOLD_S_MIN
@@ -492,7 +507,14 @@ class State:
 Turn = tuple[State, list[Action]]
 
 
-def begin(policy: Policy, now_s: float, *, durable_step: int | None, ever_attached: bool) -> State:
+def begin(
+    policy: Policy,
+    now_s: float,
+    *,
+    durable_step: int | None,
+    ever_attached: bool,
+    checkpoints: int = 0,
+) -> State:
     """The state of a supervisor that has just taken over its job: the first start is due at once.
 
     Args:
@@ -500,8 +522,9 @@ def begin(policy: Policy, now_s: float, *, durable_step: int | None, ever_attach
         now_s: the monotonic clock.
         durable_step: the step of the newest sound checkpoint.
         ever_attached: whether an earlier supervisor saw a worker of this command.
+        checkpoints: how many checkpoints there are.
     """
-    ledger = Ledger(durable_step=durable_step)
+    ledger = Ledger(durable_step=durable_step, checkpoints=checkpoints)
     return State(policy, Pausing(now_s), ledger, ever_attached, keeps=policy.memory_tier)
 
 
@@ -583,6 +606,7 @@ def _book(state: State, fact: Published) -> Turn:
         held=held,
         durable_step=fact.step,
         durable_generation=fact.generation,
+        checkpoints=min(state.ledger.checkpoints + 1, state.policy.keep),
         failed=None,
         failures=0,
     )
@@ -695,12 +719,32 @@ def _conclude(state: State, purpose: Purpose, now_s: float) -> Turn:
     if purpose.why is Why.REFUSED:
         return _over(state, Exit.GAVE_UP, "gave up", purpose.text)
     if state.failures > state.policy.restarts_max:
+        if state.crashes >= policies.SUSPECT_AFTER and not state.doubted and _has_older(state):
+            return _doubt(state, purpose, now_s)
         text = (
             f"gave up after {state.failures} failures without progress between them, the last one "
             f"by {purpose.text} at step {state.failed_step}. {_standing(state)}"
         )
         return _over(state, Exit.GAVE_UP, "gave up", text)
     return _pause(state, purpose, now_s)
+
+
+def _has_older(state: State) -> bool:
+    held = state.ledger.held
+    return state.ledger.checkpoints > 1 and (held is None or held.durable)
+
+
+def _doubt(state: State, purpose: Purpose, now_s: float) -> Turn:
+    """Maybe it is not the script: the checkpoint before the newest one is tried, once."""
+    pause_s = state.policy.pause_s(state.failures)
+    said = (
+        f"{purpose.text} at step {state.failed_step}, {state.crashes} times in a row: the "
+        f"checkpoint of step {state.ledger.durable_step} is suspected (and kept); the one before "
+        f"it is tried once, in {pause_s:g} s"
+    )
+    phase = Pausing(now_s + pause_s, older=True)
+    state = replace(state, phase=phase, doubted=True, refused=None, unfinished=False)
+    return state, [Note("suspected", {"step": state.ledger.durable_step}), Say(said)]
 
 
 def _pause(state: State, purpose: Purpose, now_s: float) -> Turn:
@@ -734,10 +778,18 @@ def _died(state: State, fact: Exited, now_s: float) -> Turn:
         return state, [note, *actions]
     at = max(fact.step, state.failed_step or 0)
     failures = policies.failures_in_a_row(state.failures, at, state.failed_step)
-    state = replace(state, failures=failures, failed_step=at)
     text = policies.described(fact.code)
     if fact.code == 0:
         text = "exit status 0, although its worker had not finished,"
+    crash = fact.step, text
+    state = replace(
+        state,
+        failures=failures,
+        failed_step=at,
+        crash=crash,
+        crashes=state.crashes + 1 if crash == state.crash else 1,
+        doubted=state.doubted and failures > 1,
+    )
     state, actions = _end_tree(state, Purpose(Why.FAILED, text), now_s)
     return state, [note, *actions]
 
@@ -749,6 +801,8 @@ def _start(state: State, phase: Pausing, fact: Ticked, now_s: float) -> Turn:
     if now_s < phase.deadline_s:
         return state, []
     held = state.ledger.held
+    if phase.older:
+        return replace(state, phase=Unattached(), wanted=0), [Spawn(older=True)]
     # What a dying process may have scribbled on is not tried twice, where there is another.
     from_disk = held is None or (held.durable and state.failures > 1)
     if held is not None and not held.durable:

@@ -41,6 +41,8 @@ class Exit(IntEnum):
 
 #: At least so long between two snapshots that are only held in memory, however cheap they are.
 HOLD_S_MIN: Final = 1.0
+#: After so many crashes of one kind at one step, the checkpoint may be the cause.
+SUSPECT_AFTER: Final = 3
 #: How fast a first snapshot is assumed to fill memory that no one has used yet, in bytes a second.
 FILL_RATE: Final = 1e9
 

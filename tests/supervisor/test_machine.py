@@ -392,6 +392,51 @@ def test_a_command_that_cannot_be_started() -> None:
     assert ended(actions) == [Exit.GAVE_UP]
 
 
+# ------------------------------------------------------------------ a suspected checkpoint
+
+
+def crashed(state: m.State, step: int, code: int = -11) -> tuple[m.State, list[m.Action]]:
+    """The state when the job has crashed and everything was cleared away, and what was ordered."""
+    facts = (m.Ticked(0), m.Spawned(), m.WorkerAttached(), m.Exited(code, step), m.TreeGone())
+    return after(state, *facts, now_s=(m.deadline(state) or NOW) + 1)
+
+
+def test_a_checkpoint_that_crashes_again_and_again_is_suspected() -> None:
+    """The same crash at the same step: the checkpoint before it is tried once, then no more."""
+    state, spawns, actions = at(m.Pausing(NOW), durable_step=40, checkpoints=2), [], []
+    for _ in range(5):
+        if ended(actions):
+            break
+        state, actions = crashed(state, 50)
+        spawns += [action for action in actions if isinstance(action, m.Spawn)]
+    assert spawns == [m.Spawn()] * 3 + [m.Spawn(older=True)]
+    assert ended(actions) == [Exit.GAVE_UP]
+
+
+@pytest.mark.parametrize("why", ["another step", "another crash", "the only checkpoint"])
+def test_a_checkpoint_is_not_suspected_without_reason(why: str) -> None:
+    """Crashes that differ are the script's, and where there is no older one, none is tried."""
+    state = at(m.Pausing(NOW), durable_step=40, checkpoints=1 if why.startswith("the only") else 2)
+    for number in range(3):
+        step = 50 - number if why == "another step" else 50
+        code = -number if why == "another crash" else -11
+        state, actions = crashed(state, step, code or -11)
+        assert m.Spawn(older=True) not in actions
+    assert ended(actions) == [Exit.GAVE_UP]
+
+
+def test_progress_clears_the_suspicion() -> None:
+    """What went on from the older one is a job like any other; it may be tried again later."""
+    state = at(m.Pausing(NOW), durable_step=40, checkpoints=2)
+    for _ in range(3):
+        state, _ = crashed(state, 50)
+    assert state.doubted
+    state, actions = crashed(state, 60)
+    assert not ended(actions)
+    assert not state.doubted
+    assert state.failures == 1
+
+
 # ------------------------------------------------------------------ snapshots into memory
 
 

@@ -153,8 +153,8 @@ class World:
     def carry_out(self, action: m.Action) -> None:
         assert self.code is None, f"{action} after the end"
         match action:
-            case m.Spawn(memory):
-                self.spawn(memory)
+            case m.Spawn(memory, older):
+                self.spawn(memory, older)
             case m.Request(serial, leave):
                 assert self.child is not None, "a request to nobody"
                 assert self.child.attached, "a request to nobody"
@@ -182,13 +182,16 @@ class World:
             case m.End(code):
                 self.code = code
 
-    def spawn(self, memory: int | None) -> None:
+    def spawn(self, memory: int | None, older: bool) -> None:
         assert self.child is None or not self.child.tree, "two commands at once"
         self.lives_at = max(self.durable, 0)
         if memory is not None:
             assert memory in self.held, "restored from what was let go of"
             self.lives_at = self.held[memory]
         newest = max(self.durable, *self.held.values(), 0)
+        if older:
+            assert newest == self.durable, "a state in memory is newer than what is doubted"
+            newest = self.lives_at = sorted(self.published.values())[-2]
         assert self.lives_at == newest, f"{newest} is there, restored is {self.lives_at}"
         self.child = child = Child(attaches=self.dice.random() < 0.85, step=self.lives_at)
         if self.dice.random() < 0.03:
