@@ -26,7 +26,9 @@ class Workshop:
         return {**kept, "CKPTD_BACKOFF": "0.01", "OMP_NUM_THREADS": "1", **more}
 
     def command(self, *options: str, name: str = "job") -> list[str]:
-        """`ckptd launch` with its runs in this directory."""
+        """`ckptd launch` with its runs in this directory, and no requests but those of the test."""
+        if "--overhead" not in options:
+            options = ("--overhead", "0", *options)
         head = [sys.executable, "-m", "ckptd", "launch", "--dir", str(self.path / "runs")]
         return [*head, "--name", name, *options, "--"]
 

@@ -100,7 +100,9 @@ class DrilledRun:
 
     def _launch(self, progress: Callable[[int], None]) -> int:
         launch = (sys.executable, "-m", "ckptd", "launch", "--dir", str(self.place / "runs"))
-        settings = ("--name", "drill", "--every", "1e9", "--max-restarts", "2", *self._options)
+        # No requests but those of the strikes.
+        alone = ("--every", "1e9", "--overhead", "0")
+        settings = ("--name", "drill", *alone, "--max-restarts", "2", *self._options)
         environment = {
             **os.environ,
             record.ENV_DRILL: str(self.place),

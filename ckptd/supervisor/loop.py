@@ -105,14 +105,17 @@ class Loop:
         self._write_began_s = 0.0
         self._write_s: float | None = None
         self._restarts = 0
+        self._read_once = False
         self._last_failure = ""
-        newest = self._newest()
+        # By their names; what they hold is read while the command starts.
+        names = retention.newest_first(self._disk.names(run.checkpoints))
+        order = retention.order_of(names[0]) if names else None
         self._state = machine.begin(
             policy,
             clock.now_s(),
-            durable_step=None if newest is None else newest.step,
+            durable_step=None if order is None else order[0],
             ever_attached=job.facts is not None,
-            checkpoints=len(retention.newest_first(self._disk.names(run.checkpoints))),
+            checkpoints=len(names),
         )
 
     def run(self) -> int:
@@ -215,14 +218,25 @@ class Loop:
 
     def _spawn(self, memory: Job | None, *, older: bool) -> None:
         try:
-            self._start(memory, older=older)
+            attempt = self._start(memory)
         except (OSError, CkptdError) as error:
             disk = isinstance(error, OSError) and error.errno in _DISK_REFUSES
             self._tell(machine.SpawnFailed(f"a failure to start it ({error})", disk))
+            return
+        try:
+            # While the command starts: its imports take as long as reading a few GiB.
+            newest = None if memory is not None else self._newest(skip=int(older))
+        except OSError as error:
+            if not self._read_once:
+                raise  # whoever launches has to see it; a job that ran before waits for its disk
+            disk = error.errno in _DISK_REFUSES
+            self._tell(machine.SpawnFailed(f"a failure to read its checkpoints ({error})", disk))
+            return
+        self._read_once = True
+        self._started(attempt, newest)
 
-    def _start(self, snapshot: Job | None, *, older: bool) -> None:
-        """Start the command as a new attempt, from memory or the newest sound checkpoint."""
-        newest = None if snapshot is not None else self._newest(skip=int(older))
+    def _start(self, snapshot: Job | None) -> _Attempt:
+        """Start the command as a new attempt."""
         self._number = fence.claim(
             self._disk, self._run.path, f"{os.uname().nodename} {os.getpid()}\n"
         )
@@ -246,8 +260,8 @@ class Loop:
             os.close(write_end)
         page_fd = memory.make("ckptd-status", wire.PAGE_BYTES)
         page = wire.StatusPage(memory.shared(page_fd, wire.PAGE_BYTES))
-        checkpoint = None if newest is None else newest.path
-        self._attempt = _Attempt(self._number, child, output, page_fd, page, checkpoint, snapshot)
+        attempt = _Attempt(self._number, child, output, page_fd, page, None, snapshot)
+        self._attempt = attempt
         self._started_at_s = self._clock.now_s()
         self._samples.clear()
         self._last_lines.clear()
@@ -256,13 +270,20 @@ class Loop:
         self._watch(child, self._child_ended)
         self._selector.register(output, selectors.EVENT_READ, self._output_came)
         self._note_supervisor()
+        return attempt
+
+    def _started(self, attempt: _Attempt, newest: store.Checkpoint | None) -> None:
+        """It runs: what it will restore is known, before anybody answers its worker."""
+        snapshot = attempt.memory
+        attempt.checkpoint = None if newest is None else newest.path
         step = None if newest is None else newest.step
         at = "from the beginning" if step is None else f"from step {step}"
         if snapshot is not None:
             step = snapshot.snapshot.step
             at = f"from step {step} in memory"
         source = "disk" if snapshot is None else "memory"
-        self._journal.write("started", attempt=self._number, pid=child.pid, step=step, of=source)
+        pid = attempt.child.pid
+        self._journal.write("started", attempt=self._number, pid=pid, step=step, of=source)
         self._terminal.say(f"run {self._job.name!r}, attempt {self._number}, {at}")
         self._tell(machine.Spawned())
 
@@ -308,6 +329,8 @@ class Loop:
         if set_aside:
             using = "starting over" if newest is None else f"using the older step {newest.step}"
             self._terminal.say(using)
+            left = len(retention.newest_first(self._disk.names(self._run.checkpoints)))
+            self._tell(machine.SetAside(None if newest is None else newest.step, left))
         return newest
 
     # -------------------------------------------------------------- facts

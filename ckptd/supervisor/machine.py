@@ -60,6 +60,14 @@ class Spawned:
 
 
 @dataclass(frozen=True, slots=True)
+class SetAside:
+    """Checkpoints were found damaged; `step` is the newest sound one's, `checkpoints` are left."""
+
+    step: int | None
+    checkpoints: int
+
+
+@dataclass(frozen=True, slots=True)
 class SpawnFailed:
     """The command could not be started.
 
@@ -192,6 +200,7 @@ class Ticked:
 
 Fact = (
     Spawned
+    | SetAside
     | SpawnFailed
     | WorkerAttached
     | WorkerDetached
@@ -820,6 +829,10 @@ def _stop_while_pausing(state: State, phase: Pausing, fact: Fact, now_s: float) 
     return _after_tree(state, Purpose(Why.STOPPED, stop), now_s)
 
 
+def _set_aside(state: State, phase: Unattached, fact: SetAside, now_s: float) -> Turn:
+    return _with(state, durable_step=fact.step, checkpoints=fact.checkpoints), []
+
+
 def _spawn_failed(state: State, phase: Unattached, fact: SpawnFailed, now_s: float) -> Turn:
     if fact.disk:
         state = _with(state, failures=state.ledger.failures + 1)
@@ -1223,6 +1236,7 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Pausing, CheckpointAsked): _checkpoint_while_idle,
     # -------- the command runs
     (Unattached, Spawned): _ignored("it was ordered when this phase began"),
+    (Unattached, SetAside): _set_aside,
     (Unattached, SpawnFailed): _spawn_failed,
     (Unattached, WorkerAttached): _attached,
     (Unattached, WorkerDetached): _ignored("no worker is attached"),
@@ -1243,6 +1257,7 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Unattached, Ticked): _tick_unattached,
     # -------- a worker runs
     (Attached, Spawned): _LATE,
+    (Attached, SetAside): _NOT_SPAWNED,
     (Attached, SpawnFailed): _NOT_SPAWNED,
     (Attached, WorkerAttached): _ignored("the loop turns a second worker away"),
     (Attached, WorkerDetached): _detached,
@@ -1261,6 +1276,7 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Attached, Ticked): _tick_attached,
     # -------- it is to flush and leave
     (Flushing, Spawned): _LATE,
+    (Flushing, SetAside): _NOT_SPAWNED,
     (Flushing, SpawnFailed): _NOT_SPAWNED,
     (Flushing, WorkerAttached): _ignored("the loop turns a second worker away"),
     (Flushing, WorkerDetached): _ignored("the command's exit tells what became of it"),

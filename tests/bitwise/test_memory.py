@@ -62,7 +62,8 @@ def test_cadence(workshop: Workshop, tmp_path: Path) -> None:
     while the job runs, and a killed worker loses the one step since."""
     script = str(SCRIPTS / "cadence.py")
     workshop.plain(sys.executable, script, str(tmp_path / "plain"))
-    done = workshop.launch(sys.executable, script, str(tmp_path / "out"))
+    options = ("--overhead", "1")
+    done = workshop.launch(sys.executable, script, str(tmp_path / "out"), options=options)
     assert done.returncode == 0, done.stderr + done.stdout
     events = workshop.journal()
     starts = [(one["step"], one["of"]) for one in events if one["event"] == "started"]

@@ -39,6 +39,7 @@ PHASES = (
 )
 FACTS = (
     m.Spawned(),
+    m.SetAside(5, 1),
     m.SpawnFailed("no such file"),
     m.WorkerAttached(),
     m.WorkerDetached(),
