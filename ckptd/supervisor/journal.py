@@ -31,9 +31,12 @@ class Journal:
         self._failed = False
         self._torn = _ends_torn(path)
 
-    def write(self, event: str, **fields: Any) -> None:
-        """Append an event and sync it."""
-        line = msgspec.json.encode({"t": round(self._wall_s(), 3), "event": event, **fields})
+    def line(self, event: str, fields: dict[str, Any]) -> bytes:
+        """An event that happens now, as it is written."""
+        return msgspec.json.encode({"t": round(self._wall_s(), 3), "event": event, **fields})
+
+    def append(self, line: bytes) -> None:
+        """Append a line and sync it."""
         try:
             with self._path.open("ab", buffering=0) as journal:
                 rest = memoryview((b"\n" if self._torn else b"") + line + b"\n")

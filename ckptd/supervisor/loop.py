@@ -33,8 +33,16 @@ from ckptd.host.signals import Signals
 from ckptd.store import fence, retention, store
 from ckptd.supervisor import machine, server
 from ckptd.supervisor.journal import Journal
-from ckptd.supervisor.policy import Exit, Policy, at_stake, described, space_short
+from ckptd.supervisor.policy import (
+    SLOW_WRITE_S,
+    Exit,
+    Policy,
+    at_stake,
+    described,
+    space_short,
+)
 from ckptd.supervisor.run import Run, SupervisorFile, boot_id, environment_for
+from ckptd.supervisor.scribe import Scribe
 from ckptd.supervisor.server import Peer, Server, close_all
 from ckptd.supervisor.terminal import Terminal
 from ckptd.supervisor.writer import Done, Job, Writer
@@ -81,7 +89,8 @@ class Loop:
         self._run, self._job, self._policy, self._lock = run, job, policy, lock
         self._clock, self._terminal = clock, terminal
         self._disk = RealDisk()
-        self._journal = Journal(run.journal, clock.wall_s, terminal.say)
+        journal = Journal(run.journal, clock.wall_s, terminal.say)
+        self._scribe = Scribe(journal, run.log, terminal.say_once)
         self._selector = selectors.DefaultSelector()
         self._signals = Signals()
         self._server = Server()
@@ -200,7 +209,7 @@ class Loop:
             case machine.KillTree():
                 children.kill_tree()
             case machine.Note(event, fields):
-                self._journal.write(event, **fields)
+                self._scribe.event(event, **fields)
             case machine.Say(text):
                 self._terminal.say(text)
             case machine.End(code):
@@ -283,7 +292,7 @@ class Loop:
             at = f"from step {step} in memory"
         source = "disk" if snapshot is None else "memory"
         pid = attempt.child.pid
-        self._journal.write("started", attempt=self._number, pid=pid, step=step, of=source)
+        self._scribe.event("started", attempt=self._number, pid=pid, step=step, of=source)
         self._terminal.say(f"run {self._job.name!r}, attempt {self._number}, {at}")
         self._tell(machine.Spawned())
 
@@ -322,7 +331,7 @@ class Loop:
         """The newest sound checkpoint; what is damaged is set aside and said."""
         newest, set_aside = store.newest(self._disk, self._run.checkpoints, skip=skip)
         for one in set_aside:
-            self._journal.write("set aside", path=one.path.name, why=one.why)
+            self._scribe.event("set aside", path=one.path.name, why=one.why)
             self._terminal.say(
                 f"a checkpoint is damaged and was set aside as {one.path}: {one.why}"
             )
@@ -382,11 +391,7 @@ class Loop:
         ended = not lines or lines[-1].endswith((b"\n", b"\r"))
         self._unended = b"" if ended else lines.pop()[-_CHUNK:]
         self._last_lines.extend(line.rstrip(b"\r\n") for line in lines)
-        try:
-            with self._run.log.open("ab", buffering=0) as log:
-                log.write(chunk)
-        except OSError as error:
-            self._terminal.say_once(f"the log {self._run.log} can't be written: {error.strerror}")
+        self._scribe.output(chunk)
         self._terminal.pass_on(chunk)
 
     # -------------------------------------------------------------- the socket
@@ -452,7 +457,7 @@ class Loop:
         )
         attempt.worker, attempt.had_worker = peer, True
         self._watch(peer, self._worker_spoke)
-        self._journal.write("attached", attempt=attempt.number, pid=hello.pid)
+        self._scribe.event("attached", attempt=attempt.number, pid=hello.pid)
         self._tell(machine.WorkerAttached(own=hello.pid == attempt.child.pid))
 
     def _worker_spoke(self) -> None:
@@ -489,7 +494,7 @@ class Loop:
             case wire.Standing(generation, asked):
                 self._tell(machine.Stood(generation, wire.serial_of(asked)))
             case wire.Restored(step, seconds):
-                self._journal.write("restored", step=step, seconds=round(seconds, 3))
+                self._scribe.event("restored", step=step, seconds=round(seconds, 3))
             case wire.Notice(number):
                 self._tell(machine.Signalled(number))
             case wire.Short(needed, available):
@@ -500,10 +505,10 @@ class Loop:
                 )
                 self._tell(machine.MemoryShort())
             case wire.Said(text):
-                self._journal.write("said", text=text)
+                self._scribe.event("said", text=text)
                 self._terminal.say(text)
             case wire.Refused(error, text):
-                self._journal.write("refused", error=error, text=text)
+                self._scribe.event("refused", error=error, text=text)
                 self._tell(machine.WorkerRefused(text))
             case wire.Bye(finished):
                 self._tell(machine.WorkerSaidBye(finished))
@@ -516,7 +521,7 @@ class Loop:
         free = disk.free(self._run.path)
         short = space_short(length, self._policy.keep, there, free)
         if short is not None:
-            self._journal.write("space is short", needed=length, free=free)
+            self._scribe.event("space is short", needed=length, free=free)
             self._terminal.say(f"{self._run.path}: {short}")
 
     def _drop_worker(self) -> None:
@@ -550,6 +555,13 @@ class Loop:
         if self._samples and now_s - self._samples[-1][0] < _GLANCE_S:
             return
         self._samples.append((now_s, self._step()))
+        writing = self._state.ledger.writing
+        if writing is not None and now_s - self._write_began_s > SLOW_WRITE_S:
+            self._terminal.say_once(
+                f"the checkpoint of step {writing.step} has been written for {SLOW_WRITE_S:.0f} s "
+                f"now: the disk under {self._run.path} is slow or does not answer. Training goes "
+                "on, and the newest state is in memory"
+            )
         self._terminal.progress(self._summary)
 
     def _rate(self) -> float | None:
@@ -636,6 +648,13 @@ class Loop:
             )
         )
 
+    def _forget_supervisor(self) -> None:
+        try:
+            self._run.forget_supervisor()
+        except OSError as error:
+            # A disk that failed must not change the exit code; that file names a dead process.
+            self._terminal.say(f"supervisor.json could not be removed: {error}")
+
     def _forget(self, source: Any) -> None:
         try:
             self._selector.unregister(source)
@@ -652,11 +671,12 @@ class Loop:
                 self._selector.select(_TREE_POLL_S)
             self._end_attempt()
         self._terminal.progress(None)
-        try:
-            self._run.forget_supervisor()
-        except OSError as error:
-            # A disk that failed must not change the exit code; that file names a dead process.
-            self._terminal.say(f"supervisor.json could not be removed: {error}")
+        self._scribe.do(self._forget_supervisor)
+        if not self._scribe.drain(self._policy.kill_s):
+            self._terminal.say(
+                f"the disk under {self._run.path} does not answer: the last lines of the log and "
+                "the journal may be missing"
+            )
         for peer in (*self._askers, *self._stop_askers):
             peer.close()
         self._server.close()

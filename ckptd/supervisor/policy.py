@@ -43,6 +43,8 @@ class Exit(IntEnum):
 HOLD_S_MIN: Final = 1.0
 #: After so many crashes of one kind at one step, the checkpoint may be the cause.
 SUSPECT_AFTER: Final = 3
+#: A write that takes longer is said to hang, in seconds.
+SLOW_WRITE_S: Final = 60.0
 #: How fast a first snapshot is assumed to fill memory that no one has used yet, in bytes a second.
 FILL_RATE: Final = 1e9
 

@@ -167,6 +167,14 @@ class Drive:
         """From now on "read", "write" or "flush" answer EIO; nothing: it is mended."""
         self._ask(do="fail", what=what)
 
+    def hang(self) -> None:
+        """From now on nothing is answered, until it is mended."""
+        self._ask(do="hang")
+
+    def mend(self) -> None:
+        """What was asked meanwhile is answered now."""
+        self._ask(do="mend")
+
     def _ask(self, **question: Any) -> dict[str, int]:
         self._control.send(json.dumps(question).encode())
         answer: dict[str, int] = json.loads(self._control.recv(_MESSAGE))
@@ -192,6 +200,7 @@ class Cells:
         self._cache: dict[int, list[bytes]] = {}  # each cached sector's versions, oldest first
         self.figures = {"writes": 0, "flushes": 0, "cached": 0, "kept": 0, "dead": 0}
         self.failing: set[str] = set()
+        self.hangs = False
         self._armed: tuple[int, int] | None = None
 
     def read(self, offset: int, length: int) -> bytes:
@@ -316,7 +325,7 @@ def serve(medium: str, fuse: int, control: socket.socket) -> None:
     cells = Cells(medium)
     server = Server(cells)
     while True:
-        for ready in select.select([fuse, control], [], [])[0]:
+        for ready in select.select([control] if cells.hangs else [fuse, control], [], [])[0]:
             if ready is control:
                 _obey(cells, control)
             elif not _answer_one(server, fuse):
@@ -331,6 +340,8 @@ def _obey(cells: Cells, control: socket.socket) -> None:
         cells.arm(asked["seed"], asked["at"])
     elif asked["do"] == "fail":
         cells.failing = set(asked["what"])
+    elif asked["do"] in ("hang", "mend"):
+        cells.hangs = asked["do"] == "hang"
     control.send(json.dumps(cells.figures).encode())
 
 

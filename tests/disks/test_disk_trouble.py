@@ -19,13 +19,14 @@ from drive import Drive, missing
 from launched import (
     Launched,
     checkpoints,
+    logged,
     no_leftovers,  # noqa: F401  # a fixture for every test here
 )
 from mounts import fill, mount, mounted
 
 from ckptd.host.disk import RealDisk
 from ckptd.store import store
-from ckptd.supervisor import journal
+from ckptd.supervisor import journal, server
 from ckptd.supervisor.journal import Journal
 from ckptd.supervisor.run import Run
 
@@ -169,13 +170,17 @@ def test_no_event_is_lost_to_a_full_disk(tmp_path: Path) -> None:
     with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=256k", "none") as small:
         said: list[str] = []
         events = Journal(small / "journal.jsonl", lambda: 0.0, said.append)
-        events.write("first")
+
+        def write(event: str) -> None:
+            events.append(events.line(event, {}))
+
+        write("first")
         fill(small / "filler")
         while not said:
-            events.write("while it filled up")
+            write("while it filled up")
         (small / "filler").unlink()
-        events.write("there is room")
-        events.write("last")
+        write("there is room")
+        write("last")
         found = [event["event"] for event in journal.read(small / "journal.jsonl")]
         assert found[-2:] == ["there is room", "last"]
         assert "No space left on device" in said[0]
@@ -309,4 +314,32 @@ def test_reads_fail(failing: tuple[Workshop, Drive]) -> None:
     assert str(run_of(workshop).path) in again.told()
     drive.off()
     drive.on()
+    resumes(workshop, launched)
+
+
+# ------------------------------------------------------------------ a disk that hangs
+
+
+def test_hangs(failing: tuple[Workshop, Drive]) -> None:
+    """A drive that does not answer for a while: training goes on, the supervisor answers, and what
+    happened meanwhile is in the journal and the log when the drive answers again."""
+    workshop, drive = failing
+    launched = Launched(workshop, *heavy(), options=OFTEN)
+    wait_durable(launched)
+    holder = run_of(workshop).supervisor()
+    assert holder is not None
+    drive.hang()
+    try:
+        goes_on(launched)
+        before = server.ask(holder.socket, "status", 60.0).facts["step"]
+        goes_on(launched)
+        after = server.ask(holder.socket, "status", 60.0).facts["step"]
+        assert isinstance(before, int)
+        assert isinstance(after, int)
+        assert after > before
+    finally:
+        drive.mend()
+    wait_durable(launched, beyond=after)
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert logged(workshop) == launched.steps()
     resumes(workshop, launched)
