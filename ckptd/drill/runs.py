@@ -101,6 +101,8 @@ class DrilledRun:
     def _launch(self, progress: Callable[[int], None]) -> int:
         launch = (sys.executable, "-m", "ckptd", "launch", "--dir", str(self.place / "runs"))
         settings = ("--name", "drill", "--every", "1e9", "--max-restarts", "2", *self._options)
+        # An interruption of a drill must not put the job into the queue in which it is drilled.
+        settings = ("--host", "none", *settings)
         environment = {
             **os.environ,
             record.ENV_DRILL: str(self.place),

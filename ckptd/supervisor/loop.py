@@ -24,11 +24,12 @@ from typing import Any, Final
 import msgspec
 
 from ckptd import wire
-from ckptd.errors import CkptdError, ProtocolError
-from ckptd.host import children, memory
+from ckptd.errors import CkptdError, FencedError, ProtocolError
+from ckptd.host import children, memory, slurm
 from ckptd.host.children import Child
 from ckptd.host.clock import Clock
 from ckptd.host.disk import RealDisk
+from ckptd.host.host import Host
 from ckptd.host.signals import Signals
 from ckptd.store import fence, store
 from ckptd.supervisor import machine, server
@@ -41,6 +42,7 @@ from ckptd.supervisor.writer import Done, Job, Writer
 
 _CHUNK: Final = 1 << 16
 _TREE_POLL_S: Final = 0.02
+_FENCE_S: Final = 5.0  # how often it is looked whether a newer copy runs elsewhere
 _GLANCE_S: Final = 1.0  # how often the terminal's line and the rate are brought up to date
 _LAST_LINES: Final = 20
 _RATE_WINDOW: Final = 30
@@ -71,15 +73,24 @@ class Loop:
         lock: the descriptor of the run's lock.
         clock: the time.
         terminal: where the user is told things.
+        host: what started us.
     """
 
     def __init__(
-        self, run: Run, policy: Policy, lock: int, clock: Clock, terminal: Terminal
+        self,
+        run: Run,
+        policy: Policy,
+        lock: int,
+        clock: Clock,
+        terminal: Terminal,
+        host: Host,
     ) -> None:
         job = run.job()
         assert job is not None, "written by launch"
         self._run, self._job, self._policy, self._lock = run, job, policy, lock
-        self._clock, self._terminal = clock, terminal
+        self._clock, self._terminal, self._host = clock, terminal, host
+        self._noted: SupervisorFile | None = None
+        self._fence_looked_s = clock.now_s()
         self._disk = RealDisk()
         self._journal = Journal(run.journal, clock.wall_s, terminal.say)
         self._selector = selectors.DefaultSelector()
@@ -102,12 +113,19 @@ class Loop:
         self._restarts = 0
         self._last_failure = ""
         newest = self._newest()
+        self._began_at = None if newest is None else newest.step
         self._state = machine.begin(
             policy,
             clock.now_s(),
             durable_step=None if newest is None else newest.step,
             ever_attached=job.facts is not None,
         )
+
+    @property
+    def progressed(self) -> bool:
+        """Whether a new step became durable."""
+        durable = self._state.ledger.durable_step
+        return durable is not None and (self._began_at is None or durable > self._began_at)
 
     def run(self) -> int:
         """Supervise until the end; the exit code of `ckptd launch`."""
@@ -116,7 +134,7 @@ class Loop:
         self._watch(self._server, self._somebody_connected)
         self._watch(self._writer, self._write_ended)
         killed = self._run.supervisor()
-        if killed is not None and killed.host == os.uname().nodename:
+        if killed is not None and killed.alive() is False:
             server.remove_left_behind(killed.socket)
         self._note_supervisor()
         try:
@@ -147,6 +165,19 @@ class Loop:
         if due_s is not None and now_s >= due_s:
             self._tell(machine.Ticked(self._step()))
         self._glance(now_s)
+        self._look_at_fence(now_s)
+
+    def _look_at_fence(self, now_s: float) -> None:
+        """Notice now and then, and not only at the next write, that a newer copy runs elsewhere."""
+        if self._attempt is None or now_s - self._fence_looked_s < _FENCE_S:
+            return
+        self._fence_looked_s = now_s
+        try:
+            fence.check(self._disk, self._run.path, self._number)
+        except FencedError as error:
+            self._tell(machine.Superseded(str(error)))
+        except OSError as error:
+            self._terminal.say_once(f"{self._run.path / 'attempts'} can't be read: {error}")
 
     def _sleep_s(self) -> float | None:
         due_s = machine.deadline(self._state)
@@ -217,7 +248,7 @@ class Loop:
         """Start the command as a new attempt, from memory or the newest sound checkpoint."""
         newest = None if snapshot is not None else self._newest()
         self._number = fence.claim(
-            self._disk, self._run.path, f"{os.uname().nodename} {os.getpid()}\n"
+            self._disk, self._run.path, f"{slurm.node() or os.uname().nodename} {os.getpid()}\n"
         )
         environment, said = environment_for(self._job, os.environ)
         environment[wire.ENV_SOCKET] = self._server.address
@@ -305,8 +336,19 @@ class Loop:
     # -------------------------------------------------------------- facts
 
     def _signals_came(self) -> None:
-        for number in self._signals.take():
+        numbers = self._signals.take()
+        for number in numbers:
             self._tell(machine.Signalled(number))
+        if any(number != machine.USR2 for number in numbers):
+            self._ask_host()
+
+    def _ask_host(self) -> None:
+        """How long the host leaves; asked when the worker saves itself already: it takes time."""
+        if machine.deadline(self._state) is None:
+            return
+        left_s = self._host.left_s()
+        if left_s is not None:
+            self._tell(machine.HostLimited(left_s))
 
     def _child_ended(self) -> None:
         attempt = self._attempt
@@ -454,6 +496,8 @@ class Loop:
                 self._journal.write("restored", step=step, seconds=round(seconds, 3))
             case wire.Notice(number):
                 self._tell(machine.Signalled(number))
+                if number != machine.USR2:
+                    self._ask_host()
             case wire.Short(needed, available):
                 self._terminal.say_once(
                     f"a snapshot needs {needed >> 20} MiB of memory, {available >> 20} MiB are "
@@ -557,17 +601,19 @@ class Loop:
         started = children.started_s(pid)
         assert started is not None, "we run"
         child = None if self._attempt is None else self._attempt.child.pid
-        self._run.write(
-            SupervisorFile(
-                pid=pid,
-                started=started,
-                host=os.uname().nodename,
-                boot=boot_id(),
-                socket=self._server.address,
-                child=child,
-                child_started=None if child is None else children.started_s(child),
-            )
+        self._noted = SupervisorFile(
+            pid=pid,
+            started=started,
+            host=os.uname().nodename,
+            boot=boot_id(),
+            socket=self._server.address,
+            child=child,
+            child_started=None if child is None else children.started_s(child),
+            node=slurm.node(),
+            job=self._host.job,
+            restart=self._host.restart,
         )
+        self._run.write(self._noted)
 
     def _forget(self, source: Any) -> None:
         try:
@@ -586,7 +632,8 @@ class Loop:
             self._end_attempt()
         self._terminal.progress(None)
         try:
-            self._run.forget_supervisor()
+            if self._noted is not None:
+                self._run.forget_supervisor(self._noted)
         except OSError as error:
             # A disk that failed must not change the exit code; that file names a dead process.
             self._terminal.say(f"supervisor.json could not be removed: {error}")
