@@ -246,9 +246,12 @@ class Cluster:
         return shown
 
     def start_requeued(self, job: str, restarts: int = 1) -> None:
-        """Wait until a job is back in the queue, and skip the time that it would be held there."""
+        """Wait until a job is back in the queue, and skip the time that it would be held there.
+
+        Not all of it: a node refuses a start in the second in which it killed the job.
+        """
         self.wait_for(job, JobState="PENDING", Restarts=str(restarts))
-        self.do("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.do("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
     def processes(self, job: str | None = None) -> list[psutil.Process]:
         """All processes of one job, or of all jobs of this cluster, wherever they went."""
