@@ -15,8 +15,9 @@ from ckptd import __version__
 from ckptd.cli import options
 from ckptd.errors import UsageError
 from ckptd.host import children
+from ckptd.host import host as hosts
 from ckptd.host.clock import RealClock
-from ckptd.supervisor import journal
+from ckptd.supervisor import journal, requeues
 from ckptd.supervisor import run as runs
 from ckptd.supervisor.loop import Loop
 from ckptd.supervisor.policy import Policy
@@ -65,9 +66,8 @@ _DEFAULTS = Policy()
     "--grace",
     "grace_s",
     type=click.FloatRange(min=0.0, min_open=True),
-    default=_DEFAULTS.grace_s,
-    show_default=True,
-    help="Seconds from a stop signal until the job must have saved itself and ended.",
+    help="Seconds from a stop signal until the job must have saved itself and ended.  "
+    f"[default: what the host leaves, else {_DEFAULTS.grace_s:g}]",
 )
 @click.option(
     "--max-restarts",
@@ -76,6 +76,23 @@ _DEFAULTS = Policy()
     default=_DEFAULTS.restarts_max,
     show_default=True,
     help="Failures without progress between them before giving up.",
+)
+@click.option(
+    "--host",
+    "host_name",
+    type=click.Choice(hosts.NAMES),
+    default="auto",
+    show_default=True,
+    help="What starts the job again after an interruption; auto: as the environment shows.",
+)
+@click.option(
+    "--max-requeues",
+    "requeues_max",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Interruptions without progress between them before the job is not put back into the "
+    "queue any more.",
 )
 @click.option("--fresh", is_flag=True, help="Start over; the old run is renamed and kept.")
 @click.option(
@@ -98,6 +115,9 @@ def command(
     name: str | None,
     directory: Path,
     flush_signal: str | None,
+    grace_s: float | None,
+    host_name: str,
+    requeues_max: int,
     *,
     fresh: bool,
     accept_changes: bool,
@@ -119,19 +139,28 @@ def command(
     policy = Policy(
         **settings,
         overhead=overhead_percent / 100,
+        grace_s=grace_s or _DEFAULTS.grace_s,
+        grace_given=grace_s is not None,
         backoff_s=backoff_s,
         flush_signal=_signal_number(flush_signal),
         memory_tier=memory_tier == "auto",
     )
     check_command(argv[0])
     terminal = Terminal()
+    host = hosts.recognised(os.environ, host_name)
+    if described := host.described():
+        terminal.say(described)
+    if fresh and host.restart:
+        # The batch script says the same each time; only the first time was it meant.
+        terminal.say(f"--fresh was for the first start, this is restart {host.restart}: going on")
+        fresh = False
     run = Run(directory / runs.check_name(name or runs.default_name(argv, os.environ)))
     if fresh and (run.path / "lock").exists():
         # Never rename a directory under a supervisor that works in it.
-        os.close(runs.lock(run, grace_s=policy.grace_s, say=terminal.say))
+        os.close(runs.lock(run, host, grace_s=policy.grace_s, say=terminal.say))
         terminal.say(f"starting over; the old run is kept as {runs.set_old_aside(run)}")
     run.path.mkdir(parents=True, exist_ok=True)
-    lock = runs.lock(run, grace_s=policy.grace_s, say=terminal.say)
+    lock = runs.lock(run, host, grace_s=policy.grace_s, say=terminal.say)
     now = runs.describe_job(run.path.name, argv, Path.cwd(), os.environ, __version__)
     now = msgspec.structs.replace(now, fixed_addresses=fixed_addresses)
     _record(run, now, accept_changes=accept_changes)
@@ -141,7 +170,17 @@ def command(
     if _finished(run):
         terminal.say(f"the run {run.path.name!r} has finished; start over with --fresh")
         return 0
-    return Loop(run, policy, lock, RealClock(), terminal).run()
+    loop = Loop(run, policy, lock, RealClock(), terminal, host)
+    code = loop.run()
+    os.close(lock)
+    return requeues.settle(
+        run,
+        host,
+        code,
+        progressed=loop.progressed,
+        requeues_max=requeues_max,
+        say=terminal.say,
+    )
 
 
 def _record(run: Run, now: JobFile, *, accept_changes: bool) -> None:

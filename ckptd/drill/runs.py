@@ -100,8 +100,9 @@ class DrilledRun:
 
     def _launch(self, progress: Callable[[int], None]) -> int:
         launch = (sys.executable, "-m", "ckptd", "launch", "--dir", str(self.place / "runs"))
-        # No requests but those of the strikes.
-        alone = ("--every", "1e9", "--overhead", "0")
+        # No requests but those of the strikes; and an interruption of a drill must not put the job
+        # into the queue in which it is drilled.
+        alone = ("--every", "1e9", "--overhead", "0", "--host", "none")
         settings = ("--name", "drill", *alone, "--max-restarts", "2", *self._options)
         environment = {
             **os.environ,

@@ -5,5 +5,7 @@
 - `children`  the command's process, its tree, and the end of both
 - `signals`   signals as facts in a queue
 - `sockets`   packets with descriptors riding on them
+- `host`      what started us: a scheduler or nobody; how to come back after an interruption
+- `slurm`     a Slurm job
 - `memory`    memory that is shared between processes
 """

@@ -24,14 +24,16 @@ from typing import Any, Final
 import msgspec
 
 from ckptd import wire
-from ckptd.errors import CkptdError, ProtocolError
-from ckptd.host import children, disk, memory
+from ckptd.errors import CkptdError, FencedError, ProtocolError
+from ckptd.host import children, disk, memory, slurm
 from ckptd.host.children import Child
 from ckptd.host.clock import Clock
 from ckptd.host.disk import RealDisk
+from ckptd.host.host import Host
 from ckptd.host.signals import Signals
 from ckptd.store import fence, retention, store
 from ckptd.supervisor import machine, server
+from ckptd.supervisor.errands import Errands
 from ckptd.supervisor.journal import Journal
 from ckptd.supervisor.policy import (
     SLOW_WRITE_S,
@@ -49,6 +51,7 @@ from ckptd.supervisor.writer import Done, Job, Writer
 
 _CHUNK: Final = 1 << 16
 _TREE_POLL_S: Final = 0.02
+_FENCE_S: Final = 5.0  # how often it is looked whether a newer copy runs elsewhere
 _GLANCE_S: Final = 1.0  # how often the terminal's line and the rate are brought up to date
 _LAST_LINES: Final = 20
 _RATE_WINDOW: Final = 30
@@ -79,21 +82,31 @@ class Loop:
         lock: the descriptor of the run's lock.
         clock: the time.
         terminal: where the user is told things.
+        host: what started us.
     """
 
     def __init__(
-        self, run: Run, policy: Policy, lock: int, clock: Clock, terminal: Terminal
+        self,
+        run: Run,
+        policy: Policy,
+        lock: int,
+        clock: Clock,
+        terminal: Terminal,
+        host: Host,
     ) -> None:
         job = run.job()
         assert job is not None, "written by launch"
         self._run, self._job, self._policy, self._lock = run, job, policy, lock
-        self._clock, self._terminal = clock, terminal
+        self._clock, self._terminal, self._host = clock, terminal, host
+        self._noted: SupervisorFile | None = None
+        self._fence_looked_s = clock.now_s()
         self._disk = RealDisk()
         journal = Journal(run.journal, clock.wall_s, terminal.say)
         self._scribe = Scribe(journal, run.log, terminal.say_once)
         self._selector = selectors.DefaultSelector()
         self._signals = Signals()
         self._server = Server()
+        self._errands = Errands()
         self._attempt: _Attempt | None = None
         self._number = 0
         self._writer = Writer(
@@ -119,6 +132,7 @@ class Loop:
         # By their names; what they hold is read while the command starts.
         names = retention.newest_first(self._disk.names(run.checkpoints))
         order = retention.order_of(names[0]) if names else None
+        self._began_at = None if order is None else order[0]
         self._state = machine.begin(
             policy,
             clock.now_s(),
@@ -127,14 +141,21 @@ class Loop:
             checkpoints=len(names),
         )
 
+    @property
+    def progressed(self) -> bool:
+        """Whether a new step became durable."""
+        durable = self._state.ledger.durable_step
+        return durable is not None and (self._began_at is None or durable > self._began_at)
+
     def run(self) -> int:
         """Supervise until the end; the exit code of `ckptd launch`."""
         children.become_subreaper()
         self._watch(self._signals, self._signals_came)
         self._watch(self._server, self._somebody_connected)
         self._watch(self._writer, self._write_ended)
+        self._watch(self._errands, self._errands.deliver)
         killed = self._run.supervisor()
-        if killed is not None and killed.host == os.uname().nodename:
+        if killed is not None and killed.alive() is False:
             server.remove_left_behind(killed.socket)
         self._note_supervisor()
         try:
@@ -165,6 +186,31 @@ class Loop:
         if due_s is not None and now_s >= due_s:
             self._tell(machine.Ticked(self._step()))
         self._glance(now_s)
+        self._look_at_fence(now_s)
+
+    def _look_at_fence(self, now_s: float) -> None:
+        """Notice now and then, and not only at the next write, that a newer copy runs elsewhere."""
+        if self._attempt is None or now_s - self._fence_looked_s < _FENCE_S:
+            return
+        self._fence_looked_s = now_s
+        number = self._number
+
+        def newer() -> str | OSError | None:
+            try:
+                fence.check(self._disk, self._run.path, number)
+            except FencedError as error:
+                return str(error)
+            except OSError as error:
+                return error
+            return None
+
+        self._errands.ask("fence", newer, self._fence_seen)
+
+    def _fence_seen(self, found: str | OSError | None) -> None:
+        if isinstance(found, OSError):
+            self._terminal.say_once(f"{self._run.path / 'attempts'} can't be read: {found}")
+        elif found is not None:
+            self._tell(machine.Superseded(found))
 
     def _sleep_s(self) -> float | None:
         due_s = machine.deadline(self._state)
@@ -247,7 +293,7 @@ class Loop:
     def _start(self, snapshot: Job | None) -> _Attempt:
         """Start the command as a new attempt."""
         self._number = fence.claim(
-            self._disk, self._run.path, f"{os.uname().nodename} {os.getpid()}\n"
+            self._disk, self._run.path, f"{slurm.node() or os.uname().nodename} {os.getpid()}\n"
         )
         environment, said = environment_for(self._job, os.environ)
         environment[wire.ENV_SOCKET] = self._server.address
@@ -345,8 +391,24 @@ class Loop:
     # -------------------------------------------------------------- facts
 
     def _signals_came(self) -> None:
-        for number in self._signals.take():
+        numbers = self._signals.take()
+        for number in numbers:
             self._tell(machine.Signalled(number))
+        if any(number != machine.USR2 for number in numbers):
+            self._ask_host()
+
+    def _ask_host(self) -> None:
+        """How long the host leaves; the worker saves itself meanwhile."""
+        if machine.deadline(self._state) is None:
+            return
+        asked_s = self._clock.now_s()
+
+        def limited(left_s: float | None) -> None:
+            if left_s is not None:
+                passed_s = self._clock.now_s() - asked_s
+                self._tell(machine.HostLimited(max(left_s - passed_s, 0.0)))
+
+        self._errands.ask("host", self._host.left_s, limited)
 
     def _child_ended(self) -> None:
         attempt = self._attempt
@@ -497,6 +559,8 @@ class Loop:
                 self._scribe.event("restored", step=step, seconds=round(seconds, 3))
             case wire.Notice(number):
                 self._tell(machine.Signalled(number))
+                if number != machine.USR2:
+                    self._ask_host()
             case wire.Short(needed, available):
                 self._terminal.say_once(
                     f"a snapshot needs {needed >> 20} MiB of memory, {available >> 20} MiB are "
@@ -636,21 +700,25 @@ class Loop:
         started = children.started_s(pid)
         assert started is not None, "we run"
         child = None if self._attempt is None else self._attempt.child.pid
-        self._run.write(
-            SupervisorFile(
-                pid=pid,
-                started=started,
-                host=os.uname().nodename,
-                boot=boot_id(),
-                socket=self._server.address,
-                child=child,
-                child_started=None if child is None else children.started_s(child),
-            )
+        self._noted = SupervisorFile(
+            pid=pid,
+            started=started,
+            host=os.uname().nodename,
+            boot=boot_id(),
+            socket=self._server.address,
+            child=child,
+            child_started=None if child is None else children.started_s(child),
+            node=slurm.node(),
+            job=self._host.job,
+            restart=self._host.restart,
         )
+        self._run.write(self._noted)
 
     def _forget_supervisor(self) -> None:
+        if self._noted is None:
+            return
         try:
-            self._run.forget_supervisor()
+            self._run.forget_supervisor(self._noted)
         except OSError as error:
             # A disk that failed must not change the exit code; that file names a dead process.
             self._terminal.say(f"supervisor.json could not be removed: {error}")

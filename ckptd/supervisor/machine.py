@@ -177,6 +177,20 @@ class Signalled:
 
 
 @dataclass(frozen=True, slots=True)
+class HostLimited:
+    """After a stop signal, the host said for how long it lets the job run still."""
+
+    left_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Superseded:
+    """A newer attempt of this job was started elsewhere."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryShort:
     """The worker has no memory for another snapshot unless one is given back."""
 
@@ -214,6 +228,8 @@ Fact = (
     | Exited
     | TreeGone
     | Signalled
+    | HostLimited
+    | Superseded
     | MemoryShort
     | CheckpointAsked
     | StopAsked
@@ -493,6 +509,7 @@ class State:
         unfinished: of this attempt's worker it is known that it has not finished; or it has not
             said so, and the command's exit status is not its own (a shell may hide its death).
         keeps: whether a snapshot is kept in memory when it is durable.
+        granted_s: the grace of the stop under way where the host knows it; None: the policy's.
     """
 
     policy: Policy
@@ -511,6 +528,7 @@ class State:
     refused: str | None = None
     unfinished: bool = False
     keeps: bool = True
+    granted_s: float | None = None
 
 
 Turn = tuple[State, list[Action]]
@@ -888,7 +906,7 @@ def _tick_unattached(state: State, phase: Unattached, fact: Ticked, now_s: float
         return state, []
     purpose = Purpose(Why.STOPPED, phase.stop, _stop_code(state, -KILL))
     state, actions = _end_tree(state, purpose, now_s)
-    return state, [Say(f"did not end within the grace of {state.policy.grace_s:g} s"), *actions]
+    return state, [Say(f"did not end within the grace of {_grace_s(state):g} s"), *actions]
 
 
 def _exited_unattached(state: State, phase: Unattached, fact: Exited, now_s: float) -> Turn:
@@ -1087,9 +1105,9 @@ def _tick_flushing(state: State, phase: Flushing, fact: Ticked, now_s: float) ->
     if now_s < phase.deadline_s:
         return state, []
     state, actions = _end_tree(state, Purpose(Why.STOPPED, phase.stop), now_s)
-    said = f"no safe point was reached within the grace of {state.policy.grace_s:g} s"
+    said = f"no safe point was reached within the grace of {_grace_s(state):g} s"
     if phase.answer is not None:
-        said = f"the checkpoint is not written yet after {state.policy.grace_s:g} s"
+        said = f"the checkpoint is not written yet after {_grace_s(state):g} s"
     return state, [Say(said), *actions]
 
 
@@ -1111,6 +1129,37 @@ def _exited_leaving(state: State, phase: Leaving, fact: Exited, now_s: float) ->
 
 def _tick_leaving(state: State, phase: Leaving, fact: Ticked, now_s: float) -> Turn:
     return _end_tree(state, phase.purpose, now_s) if now_s >= phase.deadline_s else (state, [])
+
+
+# ------------------------------------------------------------------ answers: what the host says
+
+
+def _grace_s(state: State) -> float:
+    """How long the stop under way may take."""
+    return state.policy.grace_s if state.granted_s is None else state.granted_s
+
+
+def _limited(
+    state: State, phase: Unattached | Flushing | Leaving, fact: HostLimited, now_s: float
+) -> Turn:
+    """The host's limit is the deadline; a grace that the user chose can only be shorter."""
+    if phase.deadline_s is None:
+        return state, []
+    granted_s = round(policies.within(fact.left_s), 1)
+    deadline_s = now_s + granted_s
+    if state.policy.grace_given and phase.deadline_s <= deadline_s:
+        return state, []
+    state = replace(state, granted_s=granted_s, phase=replace(phase, deadline_s=deadline_s))
+    return state, [Say(f"the host leaves {fact.left_s:.0f} s: the job has {granted_s:.0f} s")]
+
+
+def _superseded(state: State, phase: Phase, fact: Superseded, now_s: float) -> Turn:
+    purpose = Purpose(Why.FENCED, fact.why)
+    if isinstance(phase, Pausing):
+        return _after_tree(state, purpose, now_s)
+    if isinstance(phase, Ending | Saving):
+        return replace(state, phase=replace(phase, purpose=purpose)), []
+    return _end_tree(state, purpose, now_s)
 
 
 # ------------------------------------------------------------------ answers: it is ending
@@ -1222,6 +1271,7 @@ _NO_WRITE: Final = _ignored("nothing is being written in this phase")
 _LEFT: Final = _ignored("the processes are being ended; their last words change nothing")
 _RUNS: Final = _ignored("the tree is asked about only after a kill")
 _OVER: Final = _ignored("it is over")
+_NO_GRACE: Final = _ignored("no worker is being waited for: there is no grace to limit")
 _NO_DEADLINE: Final = _ignored("its deadline is kept: a second request does not shorten it")
 
 _ANSWERS: dict[tuple[type, type], Answerer] = {
@@ -1322,6 +1372,10 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Saving, StopAsked): _stop_while_ending,
     (Saving, CheckpointAsked): _checkpoint_while_idle,
     (Saving, Ticked): _tick_saving,
+    # -------- what the host says
+    **{(phase, HostLimited): _NO_GRACE for phase in PHASES if phase is not Ended},
+    **{(phase, HostLimited): _limited for phase in (Unattached, Flushing, Leaving)},
+    **{(phase, Superseded): _superseded for phase in PHASES if phase is not Ended},
     # -------- in every phase with processes
     **{(phase, MemoryShort): _give_back for phase in PHASES if phase is not Ended},
 }

@@ -55,7 +55,8 @@ class Policy(msgspec.Struct, frozen=True):
     Attributes:
         every_s: at most so long between two durable checkpoints of a running job.
         overhead: the share of the run time that snapshots into memory may cost; 0: none are taken.
-        grace_s: from a notice to the end of the worker.
+        grace_s: from a notice to the end of the worker, where the host knows no better.
+        grace_given: the user chose it: where the host leaves more, it is not used.
         keep: checkpoints to keep.
         memory_tier: whether the newest snapshot stays in memory, to start again from.
         restarts_max: failures without progress between them before giving up.
@@ -76,6 +77,7 @@ class Policy(msgspec.Struct, frozen=True):
     backoff_s_max: float = 60.0
     kill_s: float = 10.0
     flush_signal: int | None = None
+    grace_given: bool = False
 
     def hold_every_s(self, cost_s: float) -> float:
         """How long to train between two snapshots into memory, in seconds.
@@ -160,6 +162,16 @@ def sized(length: float) -> str:
             return f"{length:.4g} {unit}"
         length /= 1024
     return f"{length:.4g} GiB"
+
+
+#: What a host leaves is not used up: whoever was killed at the deadline is still to be saved.
+_RESERVE_S: Final = 5.0
+_RESERVE_SHARE: Final = 0.25
+
+
+def within(left_s: float) -> float:
+    """The grace, where the host kills the job in `left_s` seconds."""
+    return max(left_s - min(_RESERVE_S, left_s * _RESERVE_SHARE), 0.0)
 
 
 def failures_in_a_row(before: int, step: int, failed_step: int | None) -> int:

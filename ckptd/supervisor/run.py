@@ -4,6 +4,7 @@ ckptd-runs/NAME/
   job.json          what to run: argv, working directory, environment that decides about bits
   lock              held by the supervisor and inherited by the worker: no second copy, ever
   supervisor.json   who holds it: process, start time, host, socket
+  requeues.json     how often it was interrupted in a row without getting anywhere
   attempts/         a file for each attempt: the largest number may publish
   journal.jsonl     everything that happened, append-only
   log               the command's output over all attempts
@@ -24,8 +25,10 @@ import filelock
 import msgspec
 
 from ckptd.errors import CkptdError, JobChangedError, LockedError, UsageError
-from ckptd.host import children
+from ckptd.host import children, slurm
 from ckptd.host.disk import RealDisk
+from ckptd.host.host import Host
+from ckptd.store import fence
 
 #: Variables that decide about thread counts and thereby about the order of additions.
 THREAD_VARIABLES: Final = (
@@ -38,6 +41,7 @@ _RECORDED: Final = (*THREAD_VARIABLES, "CUBLAS_WORKSPACE_CONFIG")
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _POLL_S: Final = 0.05
+_REPLACE_S: Final = 20.0  # some looks of the old copy at the fence (`loop`)
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -65,7 +69,13 @@ class JobFile(msgspec.Struct, frozen=True):
 
 
 class SupervisorFile(msgspec.Struct, frozen=True):
-    """supervisor.json: who runs the job; `started` makes a process id unique on its host."""
+    """supervisor.json: who runs the job; `started` makes a process id unique on its host.
+
+    Attributes:
+        node: the scheduler's name of the machine, of which several may be one machine.
+        job: what the scheduler calls the job.
+        restart: how often the scheduler had started it before.
+    """
 
     pid: int
     started: float
@@ -74,12 +84,30 @@ class SupervisorFile(msgspec.Struct, frozen=True):
     socket: str
     child: int | None = None
     child_started: float | None = None
+    node: str | None = None
+    job: str | None = None
+    restart: int = 0
 
     def alive(self) -> bool | None:
         """Whether that supervisor runs; None: on another machine, nobody can tell from here."""
-        if self.host != os.uname().nodename:
+        here = slurm.node()
+        elsewhere = self.node is not None and here is not None and self.node != here
+        if elsewhere or self.host != os.uname().nodename:
             return None
         return self.boot == boot_id() and children.started_s(self.pid) == self.started
+
+
+class RequeuesFile(msgspec.Struct, frozen=True):
+    """requeues.json: interruptions in a row before a new step became durable."""
+
+    without_progress: int
+
+
+_FILES: Final[dict[type, str]] = {
+    JobFile: "job.json",
+    SupervisorFile: "supervisor.json",
+    RequeuesFile: "requeues.json",
+}
 
 
 class Run:
@@ -111,9 +139,14 @@ class Run:
         """Who runs it, or ran it last without ending in order."""
         return _load(self.path / "supervisor.json", SupervisorFile)
 
-    def write(self, content: JobFile | SupervisorFile) -> None:
-        """Replace job.json or supervisor.json; a crash leaves the old one or the new one."""
-        name = "job.json" if isinstance(content, JobFile) else "supervisor.json"
+    def requeues(self) -> int:
+        """How often it was interrupted in a row before a new step became durable."""
+        found = _load(self.path / "requeues.json", RequeuesFile)
+        return 0 if found is None else found.without_progress
+
+    def write(self, content: JobFile | SupervisorFile | RequeuesFile) -> None:
+        """Replace a file of this run; a crash leaves the old one or the new one."""
+        name = _FILES[type(content)]
         disk, temporary = RealDisk(), self.path / f".{name}.{os.getpid()}"
         temporary.unlink(missing_ok=True)
         disk.write(temporary, msgspec.json.format(msgspec.json.encode(content)))
@@ -121,9 +154,10 @@ class Run:
         disk.rename(temporary, self.path / name)
         disk.sync_directory(self.path)
 
-    def forget_supervisor(self) -> None:
-        """The supervisor ends in order."""
-        (self.path / "supervisor.json").unlink(missing_ok=True)
+    def forget_supervisor(self, own: SupervisorFile) -> None:
+        """The supervisor ends in order. What a newer one wrote elsewhere is left alone."""
+        if self.supervisor() == own:
+            (self.path / "supervisor.json").unlink(missing_ok=True)
 
 
 def find(directory: Path, name: str) -> Run:
@@ -166,10 +200,10 @@ def default_name(argv: Sequence[str], environment: Mapping[str, str]) -> str:
     Raises:
         UsageError: the command has no word that could be a name.
     """
-    job = environment.get("SLURM_JOB_ID")
-    if job is not None:
-        array, task = (environment.get(f"SLURM_ARRAY_{k}") for k in ("JOB_ID", "TASK_ID"))
-        return f"slurm-{array}_{task}" if array and task else f"slurm-{job}"
+    if slurm.JOB_VARIABLE in environment:
+        task = slurm.task(environment)
+        name = f"slurm-{slurm.job_id(environment)}"
+        return name if task is None else f"{name}-task{task}"
     scripts = [Path(word).stem for word in argv if word.endswith((".py", ".sh"))]
     if scripts:
         return check_name(scripts[0])
@@ -259,28 +293,66 @@ def boot_id() -> str:
 # ------------------------------------------------------------------ the lock
 
 
-def lock(run: Run, *, grace_s: float, say: Callable[[str], None]) -> int:
+def lock(run: Run, host: Host, *, grace_s: float, say: Callable[[str], None]) -> int:
     """Take the run's lock; a worker that outlived its supervisor may flush first.
 
     Args:
         run: the run.
+        host: what started us: it may have given up the copy that holds the lock.
         grace_s: how long such a worker may take before it is killed.
         say: tells the user.
 
     Returns:
-        The lock's descriptor: the lock is held while any copy of it is open.
+        The lock's descriptor: the lock is held while any copy of it is open. Not held, but of an
+        older copy that was fenced off, when that is on a machine that can't let go of it any more.
 
     Raises:
         LockedError: another supervisor runs the job; says where.
     """
     descriptor = os.open(run.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        if not _try_lock(descriptor):
+        locked = _try_lock(descriptor)
+        given_up = _given_up(run, host)
+        if given_up is not None:
+            _replace(run, given_up, descriptor, say)
+        elif not locked:
             _wait_for_orphan(run, descriptor, grace_s, say)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _given_up(run: Run, host: Host) -> SupervisorFile | None:
+    """The supervisor in whose place the scheduler has started us, if it may still run.
+
+    A scheduler that loses touch with a machine starts the job elsewhere while the old copy goes on.
+    """
+    holder = run.supervisor()
+    if holder is None or holder.job is None or holder.alive() is False:
+        return None
+    return holder if holder.job == host.job and holder.restart < host.restart else None
+
+
+def _replace(run: Run, holder: SupervisorFile, descriptor: int, say: Callable[[str], None]) -> None:
+    """Fence the old copy off, and give it some time to notice and to end.
+
+    Locks of some network file systems hold on one machine only, so having the lock says nothing.
+    An old copy that ends removes supervisor.json. One whose machine is dead does neither; what it
+    may still hold is not waited for any longer, since it can't publish any more.
+    """
+    where = holder.node or holder.host
+    say(
+        f"{holder.job} was started again in the place of the copy on {where} (process "
+        f"{holder.pid}); that one may save nothing any more, and has {_REPLACE_S:g} s to end"
+    )
+    fence.claim(RealDisk(), run.path, f"{slurm.node() or os.uname().nodename} {os.getpid()}\n")
+    until_s = time.monotonic() + _REPLACE_S
+    while run.supervisor() == holder or not _try_lock(descriptor):
+        if time.monotonic() >= until_s:
+            say(f"the copy on {where} did not end, or its machine is lost: going on without it")
+            return
+        time.sleep(_POLL_S)
 
 
 def _wait_for_orphan(run: Run, descriptor: int, grace_s: float, say: Callable[[str], None]) -> None:

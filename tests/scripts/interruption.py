@@ -2,6 +2,7 @@
 
 INTERRUPT="moment:signal" chooses both; INTERRUPT_ONCE names a file that remembers that it was done.
 Signals: TERM and USR1 go to the supervisor, "KILL worker" and "KILL supervisor" to whom they say.
+"WAIT" sends nothing: it waits for somebody else's interruption.
 "the flush" is the moment at which a flush, asked for by a SIGTERM in mid-epoch, captures the state.
 """
 
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 _BOUND_S = 60
+_WAIT_BOUND_S = 200
 
 
 def signal_and_see(job, send):
@@ -67,12 +69,23 @@ class Interruption:
         print("striking:", self.moment, self.signal, file=sys.stderr, flush=True)
         if self.signal == "KILL worker":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif self.signal == "WAIT":
+            self._wait()
         elif self.signal == "KILL supervisor":
             self._signal_and_see(signal.SIGKILL)
         elif self.flushing_already():
             os.kill(self.supervisor, getattr(signal, f"SIG{self.signal}"))
         else:
             self._signal_and_see(getattr(signal, f"SIG{self.signal}"))
+
+    def _wait(self):
+        """Until a request arrives, or the supervisor is gone."""
+        before = self.job.words[0]
+        bound = time.monotonic() + _WAIT_BOUND_S
+        while self.job.words[0] == before and os.getppid() == self.supervisor:
+            if time.monotonic() > bound:
+                sys.exit("no interruption came")
+            time.sleep(0.01)
 
     def flushing_already(self):
         return self.moment == "the flush"

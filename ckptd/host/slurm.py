@@ -1,0 +1,192 @@
+"""A Slurm job: until when it may run, and how it comes back into the queue.
+
+Rules:
+
+1. `scontrol show job` is believed, the environment is not: $SLURM_JOB_END_TIME is wrong after a
+   preemption or an extension.
+2. EndTime is when Slurm sends SIGTERM; SIGKILL follows after KillWait. When a preemption has a
+   grace, EndTime is moved to that grace's end. PreemptTime is when the preemption *began*, and no
+   deadline.
+3. A job is put back into the queue only when it runs, or when it ran into its time limit. What a
+   user cancelled looks like this until it is gone: COMPLETING, no reason, no more restarts than
+   when we were started. It is left alone.
+4. Slurm may be faster: a job that was preempted without a grace, or requeued by somebody else, has
+   one restart more than when we were started, and there is nothing left to ask for. Within a grace
+   it is still RUNNING, and then asking is right: older versions take a job that ends within it for
+   one that is done.
+5. A task of an array is called ARRAY_TASK. The number of its last task is the array's own, and
+   asking for that would requeue them all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from typing import Final
+
+JOB_VARIABLE: Final = "SLURM_JOB_ID"
+
+#: Within a stop signal's grace there is no time to lose; at the end there is nothing else to do.
+_LOOK_BOUND_S: Final = 5.0
+_ASK_BOUND_S: Final = 20.0
+_TRIES: Final = 3
+_PAUSE_S: Final = 1.0
+
+_FIELD: Final = re.compile(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)")
+_KILL_WAIT: Final = re.compile(r"^KillWait\s*=\s*(\d+)", re.MULTILINE)
+
+
+class Slurm:
+    """The Slurm job of this environment.
+
+    Args:
+        environment: with SLURM_JOB_ID.
+    """
+
+    restarts = True
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._id = job_id(environment)
+        self.job: str | None = f"Slurm job {self._id}"
+        self.restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
+        self._partition = environment.get("SLURM_JOB_PARTITION")
+        # Seconds since 1970 instead of a local time, of which there are two in an autumn night.
+        self._environment = {**environment, "SLURM_TIME_FORMAT": "%s"}
+        self._kill_wait_s: float | None = None
+
+    def described(self) -> str:
+        """See `Host`."""
+        words = [f"Slurm job {self._id}"]
+        if self.restart:
+            words.append(f"restart {self.restart}")
+        if self._partition:
+            words.append(f"partition {self._partition}")
+        try:
+            shown = self._show(_LOOK_BOUND_S)
+            self._kill_wait_s = self._read_kill_wait_s()
+        except _NoAnswerError as error:
+            words.append(f"until nobody knows when: {error}")
+            return ", ".join(words)
+        end = _seconds(shown.get("EndTime"))
+        if end is not None:
+            words.append(f"until {time.strftime('%Y-%m-%d %H:%M', time.localtime(end))}")
+        return ", ".join(words)
+
+    def left_s(self) -> float | None:
+        """See `Host`."""
+        asked_s = time.time()  # the time that the question takes is not left
+        try:
+            shown = self._show(_LOOK_BOUND_S)
+            if self._kill_wait_s is None:
+                self._kill_wait_s = self._read_kill_wait_s()
+        except _NoAnswerError:
+            return None
+        if shown.get("JobState") != "RUNNING":  # SIGTERM was sent; EndTime may be the next run's
+            return self._kill_wait_s
+        end = _seconds(shown.get("EndTime"))
+        return None if end is None else max(end - asked_s, 0.0) + self._kill_wait_s
+
+    def again(self) -> str | None:
+        """See `Host`."""
+        by_hand = f"put it back by hand with `scontrol requeue {self._id}`"
+        why = "scontrol did not answer"
+        for number in range(_TRIES):
+            if number:
+                time.sleep(_PAUSE_S)
+            try:
+                shown = self._show(_ASK_BOUND_S)
+                said = self._needs_nothing(shown)
+                if said is not None:
+                    return said
+                self._ask("requeue", self._id, bound_s=_ASK_BOUND_S)
+            except _NoAnswerError as error:
+                why = str(error)
+                continue
+            return f"asked Slurm to put job {self._id} back into the queue"
+        return f"job {self._id} is not back in the queue ({why}): {by_hand}"
+
+    def ready(self) -> None:
+        """See `Host`."""
+
+    def status(self, text: str) -> None:
+        """See `Host`."""
+
+    def alive(self) -> None:
+        """See `Host`."""
+
+    def more_time(self, seconds: float) -> None:
+        """See `Host`."""
+
+    def _needs_nothing(self, shown: Mapping[str, str]) -> str | None:
+        """Why no requeue is to be asked for; None: it is."""
+        state, restarts = shown.get("JobState", "unknown"), int(shown.get("Restarts", "0"))
+        if shown.get("BatchFlag") == "0":
+            return f"job {self._id} is interactive, Slurm does not requeue it: start it again"
+        if restarts > self.restart:
+            return f"Slurm has put job {self._id} back into the queue"
+        if shown.get("Requeue") == "0" and state == "RUNNING":
+            return (
+                f"job {self._id} was submitted with --no-requeue: it is not put back. "
+                "Submit it again to go on"
+            )
+        if state == "RUNNING" or shown.get("Reason") == "TimeLimit":
+            return None
+        return f"job {self._id} was cancelled ({state}): it is not put back into the queue"
+
+    def _show(self, bound_s: float) -> dict[str, str]:
+        text = self._ask("--oneliner", "show", "job", self._id, bound_s=bound_s)
+        return dict(_FIELD.findall(text))
+
+    def _read_kill_wait_s(self) -> float:
+        found = _KILL_WAIT.search(self._ask("show", "config", bound_s=_LOOK_BOUND_S))
+        return 0.0 if found is None else float(found[1])
+
+    def _ask(self, *words: str, bound_s: float) -> str:
+        try:
+            done = subprocess.run(
+                ["scontrol", *words],  # noqa: S607  # found on the PATH, as a user would
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=bound_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise _NoAnswerError(f"scontrol did not answer within {bound_s:g} s") from None
+        except OSError as error:
+            raise _NoAnswerError(f"scontrol could not be started: {error.strerror}") from error
+        if done.returncode != 0:
+            said = done.stderr.strip() or f"exit status {done.returncode}"
+            raise _NoAnswerError(f"scontrol {words[0]}: {said}")
+        return done.stdout
+
+
+class _NoAnswerError(Exception):
+    """Slurm did not say; the text says why."""
+
+
+def job_id(environment: Mapping[str, str]) -> str:
+    """What Slurm calls this job, and no other: ID, or ARRAY_TASK."""
+    array, task = (environment.get(f"SLURM_ARRAY_{key}") for key in ("JOB_ID", "TASK_ID"))
+    return f"{array}_{task}" if array and task else environment[JOB_VARIABLE]
+
+
+def task(environment: Mapping[str, str]) -> str | None:
+    """Which task of several that one `srun` started; None: it is the only one."""
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return environment.get("SLURM_PROCID")
+    return None
+
+
+def node(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The node's name in Slurm; several nodes may share a machine."""
+    return environment.get("SLURMD_NODENAME")
+
+
+def _seconds(value: str | None) -> float | None:
+    """A time that scontrol printed as seconds since 1970; None for "Unknown" and "None"."""
+    return float(value) if value is not None and value.isdecimal() else None

@@ -1,0 +1,58 @@
+"""After an interruption: have the host start the job again, but not for ever.
+
+Slurm's own MaxBatchRequeue counts launch failures only, so a job that is interrupted over and over
+before it gets anywhere would go round in circles. The count lies in the run's directory, since each
+round is another process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ckptd.host.host import Host
+from ckptd.supervisor.policy import Exit
+from ckptd.supervisor.run import RequeuesFile, Run
+
+
+def settle(
+    run: Run,
+    host: Host,
+    code: int,
+    *,
+    progressed: bool,
+    requeues_max: int,
+    say: Callable[[str], None],
+) -> int:
+    """Ask the host to start an interrupted job again; the last thing that a supervisor does.
+
+    Args:
+        run: the run; nothing of its supervisor is open any more.
+        host: what started us.
+        code: what the supervisor ended with.
+        progressed: whether a new step became durable under it.
+        requeues_max: interruptions without progress between them before giving up.
+        say: tells the user.
+
+    Returns:
+        The exit code.
+    """
+    if code != Exit.INTERRUPTED or not host.restarts:
+        return code
+    before = run.requeues()
+    fruitless = 0 if progressed else before + 1
+    gave_up = fruitless > requeues_max
+    # Who starts the job again by hand has looked at it: the count starts anew.
+    after = 0 if gave_up else fruitless
+    if after != before:
+        run.write(RequeuesFile(after))
+    if gave_up:
+        say(
+            f"gave up: interrupted {fruitless} times in a row before a new step became durable; "
+            f"the job is not put back into the queue. See what takes so long with `ckptd logs "
+            f"{run.path.name}`; then submit it again, with more time or a larger --max-requeues"
+        )
+        return Exit.GAVE_UP
+    said = host.again()
+    if said is not None:
+        say(said)
+    return code

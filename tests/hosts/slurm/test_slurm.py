@@ -1,0 +1,320 @@
+"""Under a real Slurm: interrupted in each way that Slurm knows, a job ends as if it had not been.
+
+Nothing here waits for a time: the script says when it can be interrupted, and Slurm when a job is
+where it should be.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+from cluster import GRACE_S, KILL_WAIT_S, TRACKERS, Batch, Cluster, why_not
+from conftest import SCRIPTS, Workshop
+
+from ckptd.supervisor.run import Run
+
+pytestmark = pytest.mark.real
+
+LAUNCH = f"{sys.executable} -m ckptd launch"
+TRAIN = f"{sys.executable} {SCRIPTS}/train.py"
+TASK = "$SLURM_ARRAY_TASK_ID"
+INTERRUPTED = {"INTERRUPT": "mid-epoch:WAIT"}
+
+
+@pytest.fixture(scope="session", params=TRACKERS)
+def whole_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """One Slurm for all tests of a tracker: it starts in a second or two."""
+    why = why_not(request.param)
+    if why is not None:
+        pytest.skip(f"no Slurm with {request.param}: {why}")
+    cluster = Cluster(request.param)
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()
+
+
+@pytest.fixture
+def cluster(whole_cluster: Cluster) -> Iterator[Cluster]:
+    """That cluster without any job."""
+    yield whole_cluster
+    whole_cluster.clear()
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """The plain script's result and metrics."""
+    path = tmp_path_factory.mktemp("plain")
+    Workshop(path).plain(sys.executable, str(SCRIPTS / "plain.py"), str(path), "0")
+    return result(path)
+
+
+def run_of(workshop: Workshop, name: str) -> Run:
+    """A run's directory."""
+    return Run(workshop.path / "runs" / name)
+
+
+def result(path: Path) -> tuple[bytes, bytes]:
+    """Weights, optimizer state, losses and random states; and the metrics file."""
+    return (path / "result.safetensors").read_bytes(), (path / "metrics.csv").read_bytes()
+
+
+def training(cluster: Cluster, workshop: Workshop, *options: str, body: str = "") -> Batch:
+    """A job that trains, with ckptd as its batch process."""
+    words = f"--dir {workshop.path}/runs {' '.join(options)} -- {TRAIN} {workshop.path} 0"
+    return Batch(cluster, workshop, body=f"{body}exec {LAUNCH} {words}\n")
+
+
+def begun(batch: Batch, *options: str, **environment: str) -> str:
+    """Submit a job and wait until it stands in the middle of an epoch; its id."""
+    once = batch.path / "once"
+    job = batch.submit(*options, **INTERRUPTED, INTERRUPT_ONCE=str(once), **environment)
+    batch.wait_until(once.exists, "the middle of an epoch")
+    return job
+
+
+def check_end(cluster: Cluster, batch: Batch, job: str, reference: tuple[bytes, bytes]) -> None:
+    """The job completed, bit for bit as the plain script, and left no process."""
+    cluster.wait_for(job, JobState="COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|PREEMPTED")
+    assert cluster.show(job)["JobState"] == "COMPLETED", batch.told()
+    assert result(batch.path) == reference
+    assert cluster.processes(job) == []
+
+
+def preempt(cluster: Cluster, node: str) -> str:
+    """A job of higher priority takes a whole node; it ends by itself when it has run."""
+    return cluster.do(
+        *("sbatch", "--parsable", "--partition=high", "--exclusive", f"--nodelist={node}"),
+        *("--output=/dev/null", "--wrap=true"),
+    )
+
+
+@pytest.mark.parametrize("signal", ["USR1", "TERM"])
+def test_a_warning_signal(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes], signal: str
+) -> None:
+    """A signal to the batch process: saved, put back into the queue by ckptd, and continued."""
+    batch = training(cluster, workshop)
+    job = begun(batch)
+    cluster.do("scancel", "--batch", f"--signal={signal}", job)
+    cluster.start_requeued(job)
+    check_end(cluster, batch, job, reference)
+    assert f"asked Slurm to put job {job} back into the queue" in batch.told()
+    assert f"Slurm job {job}, restart 1, partition low, until " in batch.told()
+    events = workshop.journal(f"slurm-{job}")
+    assert [e["event"] for e in events if e["event"] in ("stopped", "restored", "finished")] == [
+        *("stopped", "restored", "finished")
+    ]
+
+
+def test_requeued_by_somebody_else(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
+) -> None:
+    """`scontrol requeue` from outside: saved within KillWait, and not asked for a second time."""
+    batch = training(cluster, workshop)
+    job = begun(batch)
+    cluster.do("scontrol", "requeue", job)
+    cluster.start_requeued(job)
+    check_end(cluster, batch, job, reference)
+    assert f"Slurm has put job {job} back into the queue" in batch.told()
+    assert "asked Slurm" not in batch.told()
+    assert cluster.show(job)["Restarts"] == "1"
+
+
+def test_cancelled(cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]) -> None:
+    """A cancelled job is saved and stays cancelled; a new job of the same name continues it."""
+    batch = training(cluster, workshop, "--name job")
+    job = begun(batch)
+    cluster.do("scancel", job)
+    shown = cluster.wait_for(job, JobState="CANCELLED")
+    batch.wait_until(lambda: cluster.processes(job) == [], "the end of the batch process")
+    assert f"job {job} was cancelled (COMPLETING)" in batch.told()
+    assert shown["Restarts"] == "0"
+    assert [e["event"] for e in workshop.journal()][-1] == "stopped"
+    again = batch.submit(**INTERRUPTED, INTERRUPT_ONCE=str(batch.path / "once"))
+    check_end(cluster, batch, again, reference)
+    # The requeue that would have been asked for would have had time to show by now.
+    assert cluster.show(job)["JobState"] == "CANCELLED"
+    assert any(event["event"] == "restored" for event in workshop.journal())
+
+
+def test_preempted_without_a_grace(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
+) -> None:
+    """Preempted at once: Slurm sends SIGTERM and requeues the job itself."""
+    batch = training(cluster, workshop)
+    job = begun(batch, "--exclusive")
+    other = preempt(cluster, cluster.show(job)["NodeList"])
+    cluster.wait_for(other, JobState="COMPLETED")
+    cluster.start_requeued(job)
+    check_end(cluster, batch, job, reference)
+    assert f"Slurm has put job {job} back into the queue" in batch.told()
+
+
+def test_preempted_with_a_warning(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
+) -> None:
+    """Preempted with a grace, and told so at its beginning: the job makes way and comes back.
+
+    Slurm 22.05 takes a job that ends within the grace for done, whatever --requeue says.
+    """
+    batch = training(cluster, workshop)
+    job = begun(batch, "--exclusive", "--partition=graced", "--signal=B:USR1@60")
+    other = preempt(cluster, cluster.show(job)["NodeList"])
+    cluster.wait_for(other, JobState="COMPLETED")
+    cluster.start_requeued(job)
+    check_end(cluster, batch, job, reference)
+    told = batch.told()
+    assert f"asked Slurm to put job {job} back into the queue" in told
+    # The grace's end and KillWait, and not the 60 minutes of the time limit.
+    left = int(told.partition("the host leaves ")[2].partition(" s")[0])
+    assert KILL_WAIT_S < left <= GRACE_S + KILL_WAIT_S
+
+
+def test_two_tasks_of_an_array(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
+) -> None:
+    """The tasks of an array are runs of their own, and one is requeued without the others."""
+    body = f"mkdir -p task{TASK}\nexport INTERRUPT_ONCE=$PWD/once{TASK}\n"
+    words = f"--dir {workshop.path}/runs -- {TRAIN} {workshop.path}/task{TASK} 0"
+    batch = Batch(cluster, workshop, body=f"{body}exec {LAUNCH} {words}\n")
+    array = batch.submit("--array=1-2", **INTERRUPTED)
+    for task in "12":
+        batch.wait_until((batch.path / f"once{task}").exists, f"task {task} mid-epoch")
+    # The last task's own number is the array's: asking by that would requeue both.
+    for task in "21":
+        cluster.do("scancel", "--batch", "--signal=USR1", f"{array}_{task}")
+        cluster.start_requeued(f"{array}_{task}")
+    for task in "12":
+        shown = cluster.wait_for(f"{array}_{task}", JobState="COMPLETED|FAILED|CANCELLED")
+        assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), batch.told()
+        assert result(batch.path / f"task{task}") == reference
+        assert (workshop.path / "runs" / f"slurm-{array}_{task}").is_dir()
+
+
+def test_two_tasks_of_one_srun(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
+) -> None:
+    """Each task of `srun ckptd launch` is a run of its own; the job is requeued for both."""
+    inner = workshop.path / "task.sh"
+    inner.write_text(
+        "#!/bin/bash\nmkdir -p task$SLURM_PROCID\n"
+        "export INTERRUPT_ONCE=$PWD/once$SLURM_PROCID\n"
+        f"exec {LAUNCH} --dir {workshop.path}/runs -- {TRAIN} {workshop.path}/task$SLURM_PROCID 0\n"
+    )
+    inner.chmod(0o755)
+    batch = Batch(cluster, workshop, body=f"srun {inner}\n")
+    job = batch.submit("--ntasks=2", **INTERRUPTED)
+    for task in "01":
+        batch.wait_until((batch.path / f"once{task}").exists, f"task {task} mid-epoch")
+    cluster.do("scancel", "--signal=USR1", job)  # to the steps
+    cluster.start_requeued(job)
+    cluster.wait_for(job, JobState="COMPLETED|FAILED|CANCELLED")
+    assert cluster.show(job)["JobState"] == "COMPLETED", batch.told()
+    for task in "01":
+        assert result(batch.path / f"task{task}") == reference
+        assert (workshop.path / "runs" / f"slurm-{job}-task{task}").is_dir()
+    assert cluster.processes(job) == []
+
+
+def test_the_batch_process_is_killed(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
+) -> None:
+    """Without its supervisor the job fails and nothing of it is left; requeued, it continues."""
+    batch = training(cluster, workshop)
+    job = begun(batch)
+    supervisor = run_of(workshop, f"slurm-{job}").supervisor()
+    assert supervisor is not None
+    psutil.Process(supervisor.pid).kill()
+    cluster.wait_for(job, JobState="FAILED")
+    batch.wait_until(lambda: cluster.processes(job) == [], "the end of its processes")
+    cluster.do("scontrol", "requeue", job)
+    cluster.start_requeued(job)
+    check_end(cluster, batch, job, reference)
+
+
+def test_a_node_is_lost_and_its_job_runs_on(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
+) -> None:
+    """Two copies at once: the newer one fences the older one off, which ends with 69.
+
+    Both nodes are this machine, so the older copy holds the run's lock, as on a network file
+    system whose locks reach over all machines.
+    """
+    batch = training(cluster, workshop)
+    job = begun(batch)
+    node = cluster.show(job)["NodeList"]
+    old = run_of(workshop, f"slurm-{job}").supervisor()
+    assert old is not None
+    assert (old.node, old.job, old.restart) == (node, f"Slurm job {job}", 0)
+    cluster.kill_slurmd(node)
+    cluster.do("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+    cluster.start_requeued(job)
+    shown = cluster.wait_for(job, JobState="COMPLETED|FAILED|CANCELLED")
+    assert shown["JobState"] == "COMPLETED", batch.told()
+    assert shown["NodeList"] != node
+    assert result(batch.path) == reference
+    batch.wait_until(lambda: cluster.processes(job) == [], "the end of the older copy")
+    events = workshop.journal(f"slurm-{job}")
+    assert [e["code"] for e in events if e["event"] == "fenced"] == [69]
+    assert [e["event"] for e in events][-1] == "finished"
+    assert f"in the place of the copy on {node} (process {old.pid})" in batch.told()
+    assert "going on without it" not in batch.told()
+
+
+def _struck(batch: Batch, times: int) -> bool:
+    return batch.told().count("striking") == times
+
+
+def test_no_progress(cluster: Cluster, workshop: Workshop) -> None:
+    """Interrupted again and again before it gets anywhere, a job is not requeued for ever.
+
+    The first interruption makes step 0 durable, which is progress; then nothing is.
+    """
+    batch = training(cluster, workshop, "--max-requeues 1")
+    job = batch.submit(INTERRUPT="before the first step:WAIT")
+    for restart in range(3):
+        batch.wait_until(partial(_struck, batch, restart + 1), f"attempt {restart + 1}")
+        cluster.do("scancel", "--batch", "--signal=USR1", job)
+        if restart < 2:
+            cluster.start_requeued(job, restart + 1)
+    shown = cluster.wait_for(job, JobState="FAILED|COMPLETED|CANCELLED")
+    assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", "70:0")
+    assert "gave up: interrupted 2 times in a row" in batch.told()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("warned", [True, False])
+def test_the_time_limit(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes], warned: bool
+) -> None:
+    """A job that reaches its time limit is put back into the queue, warned of it or not."""
+    options = ["--signal=B:USR1@60"] if warned else []
+    batch = training(cluster, workshop)
+    job = begun(batch, "--time=5", *options)
+    cluster.do("scontrol", "update", f"JobId={job}", f"EndTime=now+{70 if warned else 3}")
+    cluster.start_requeued(job)
+    cluster.do("scontrol", "update", f"JobId={job}", "TimeLimit=5")
+    check_end(cluster, batch, job, reference)
+    assert f"asked Slurm to put job {job} back into the queue" in batch.told()
+    assert f"stopped ({'SIGUSR1' if warned else 'SIGTERM'})" in batch.told()
+
+
+@pytest.mark.nightly
+def test_preempted_at_the_end_of_the_grace(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
+) -> None:
+    """Without --signal a batch process hears nothing until the grace is over."""
+    batch = training(cluster, workshop)
+    job = begun(batch, "--exclusive", "--partition=graced")
+    other = preempt(cluster, cluster.show(job)["NodeList"])
+    cluster.wait_for(other, JobState="COMPLETED")
+    cluster.start_requeued(job)
+    check_end(cluster, batch, job, reference)
+    assert "stopped (SIGTERM)" in batch.told()
