@@ -184,26 +184,32 @@ class Limits:
 
     def __init__(self, place: Path, length: int) -> None:
         self.path, self.length = place / "raw", length
-        self.source = torch.ones(length, dtype=torch.uint8)
-        self.target = torch.empty_like(self.source)
-        self.memory = mmap.mmap(-1, length)
+        # Far more than any cache, and less than would not fit beside the rest.
+        self.part = part = min(length, GIB)
+        self.source = torch.ones(part, dtype=torch.uint8)
+        self.target = torch.ones_like(self.source)
+        self.memory = mmap.mmap(-1, part)
         self.view = memoryview(self.memory)
-        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self.memory)), 1, length)
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self.memory)), 1, part)
 
     def copy(self) -> None:
-        self.target.copy_(self.source)
+        for _ in range(self.length // self.part):
+            self.target.copy_(self.source)
 
     def write(self) -> None:
         self.path.unlink(missing_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
-        self._each(lambda at: os.pwrite(descriptor, self.view[at : at + CHUNK], at))
+        self._each(lambda at: os.pwrite(descriptor, self._chunk(at), at))
         os.fsync(descriptor)
         os.close(descriptor)
 
     def read(self) -> None:
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
-        self._each(lambda at: os.preadv(descriptor, [self.view[at : at + CHUNK]], at))
+        self._each(lambda at: os.preadv(descriptor, [self._chunk(at)], at))
         os.close(descriptor)
+
+    def _chunk(self, at: int) -> memoryview:
+        return self.view[at % self.part : at % self.part + CHUNK]
 
     def _each(self, do: Callable[[int], object]) -> None:
         with ThreadPoolExecutor(4) as pool:

@@ -19,6 +19,7 @@ _COMMANDS: Final = {
     "checkpoint": "Have a running job make a checkpoint now.",
     "stop": "Have a running job save itself and leave.",
     "drill": "Interrupt a script on purpose and prove, bit for bit, that it makes no difference.",
+    "slurm-script": "Print a Slurm batch script for a command.",
     "ls": "Runs, or the checkpoints of one.",
     "show": "What a checkpoint holds.",
     "verify": "Read a checkpoint to the last bit and compare it with its sums.",
@@ -34,7 +35,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
-        command = importlib.import_module(f"ckptd.cli.{cmd_name}").command
+        command = importlib.import_module(f"ckptd.cli.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command), "each file has one"
         return command
 

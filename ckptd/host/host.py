@@ -9,13 +9,13 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 from ckptd.errors import UsageError
 
 #: What `--host` may name; "auto" looks at the environment.
-NAMES: Final = ("auto", "none", "slurm")
+NAMES: Final = ("auto", "none", "slurm", "systemd")
 
 
 class Host(Protocol):
@@ -102,15 +102,20 @@ def recognised(environment: Mapping[str, str], named: str = "auto") -> Host:
     Raises:
         UsageError: the environment has nothing of the host that was named.
     """
-    from ckptd.host.slurm import JOB_VARIABLE, Slurm
+    from ckptd.host import slurm, systemd
 
-    if named == "none":
-        return Plain()
-    if JOB_VARIABLE in environment:
-        return Slurm(environment)
-    if named == "slurm":
+    variables = {"slurm": slurm.JOB_VARIABLE, "systemd": systemd.SOCKET_VARIABLE}
+    makers: dict[str, Callable[[Mapping[str, str]], Host]] = {
+        "slurm": slurm.Slurm,
+        "systemd": systemd.Systemd,
+    }
+    for name, variable in variables.items():
+        if named in ("auto", name) and variable in environment:
+            return makers[name](environment)
+    if named in variables:
+        how = {"slurm": "Submit it with sbatch", "systemd": "Start it as a service (Type=notify)"}
         raise UsageError(
-            f"--host slurm: ${JOB_VARIABLE} is not set, so this is no Slurm job. Submit it with "
-            "sbatch, or leave the option out"
+            f"--host {named}: ${variables[named]} is not set, so {named} has not started this. "
+            f"{how[named]}, or leave the option out"
         )
     return Plain()

@@ -53,6 +53,7 @@ _CHUNK: Final = 1 << 16
 _TREE_POLL_S: Final = 0.02
 _FENCE_S: Final = 5.0  # how often it is looked whether a newer copy runs elsewhere
 _GLANCE_S: Final = 1.0  # how often the terminal's line and the rate are brought up to date
+_MORE_TIME_S: Final = 30.0  # asked for anew at each glance
 _LAST_LINES: Final = 20
 _RATE_WINDOW: Final = 30
 _DISK_REFUSES: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
@@ -340,6 +341,7 @@ class Loop:
         pid = attempt.child.pid
         self._scribe.event("started", attempt=self._number, pid=pid, step=step, of=source)
         self._terminal.say(f"run {self._job.name!r}, attempt {self._number}, {at}")
+        self._host.ready()
         self._tell(machine.Spawned())
 
     def _receipt(self, generation: int, why: str | None) -> None:
@@ -619,6 +621,7 @@ class Loop:
         if self._samples and now_s - self._samples[-1][0] < _GLANCE_S:
             return
         self._samples.append((now_s, self._step()))
+        self._tell_host()
         writing = self._state.ledger.writing
         if writing is not None and now_s - self._write_began_s > SLOW_WRITE_S:
             self._terminal.say_once(
@@ -627,6 +630,13 @@ class Loop:
                 "on, and the newest state is in memory"
             )
         self._terminal.progress(self._summary)
+
+    def _tell_host(self) -> None:
+        self._host.alive()
+        self._host.status(self._summary())
+        runs = (machine.Pausing, machine.Attached)
+        if not isinstance(self._state.phase, runs) and machine.deadline(self._state) is not None:
+            self._host.more_time(_MORE_TIME_S)  # it ends: at a deadline of the machine's
 
     def _rate(self) -> float | None:
         """Steps per second over the last samples."""

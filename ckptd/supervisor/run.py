@@ -25,10 +25,11 @@ import filelock
 import msgspec
 
 from ckptd.errors import CkptdError, JobChangedError, LockedError, UsageError
-from ckptd.host import children, slurm
+from ckptd.host import children, slurm, systemd
 from ckptd.host.disk import RealDisk
 from ckptd.host.host import Host
 from ckptd.store import fence
+from ckptd.supervisor.policy import Policy
 
 #: Variables that decide about thread counts and thereby about the order of additions.
 THREAD_VARIABLES: Final = (
@@ -54,7 +55,8 @@ class JobFile(msgspec.Struct, frozen=True):
         environment: variables that decide about bits, as they were at the first launch; None:
         unset. cpus: usable processors at the first launch. fixed_addresses: whether memory
         addresses are the same in every attempt. facts: what the first attempt's worker
-        said of itself (`Hello.environment`); None: none yet.
+        said of itself (`Hello.environment`); None: none yet. policy: what the user had
+        set at the last launch.
     """
 
     name: str
@@ -66,6 +68,7 @@ class JobFile(msgspec.Struct, frozen=True):
     ckptd: str
     fixed_addresses: bool = False
     facts: dict[str, str] | None = None
+    policy: Policy | None = None
 
 
 class SupervisorFile(msgspec.Struct, frozen=True):
@@ -256,7 +259,8 @@ def environment_for(job: JobFile, own: Mapping[str, str]) -> tuple[dict[str, str
     Returns:
         The environment, and what to say about it.
     """
-    environment = {**own, "PYTHONHASHSEED": job.hash_seed}
+    passed_on = {key: value for key, value in own.items() if key not in systemd.OWN_VARIABLES}
+    environment = {**passed_on, "PYTHONHASHSEED": job.hash_seed}
     environment.setdefault("PYTHONUNBUFFERED", "1")  # so that output comes when it is written
     for key, value in job.environment.items():
         environment.pop(key, None)

@@ -6,6 +6,7 @@ where it should be.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -20,9 +21,10 @@ from ckptd.supervisor.run import Run
 
 pytestmark = pytest.mark.real
 
-LAUNCH = f"{sys.executable} -m ckptd launch"
+LAUNCH = f"{sys.executable} -m ckptd launch --overhead 0"
 TRAIN = f"{sys.executable} {SCRIPTS}/train.py"
 TASK = "$SLURM_ARRAY_TASK_ID"
+PRINT = ("slurm-script", "--gpus", "0", "--cpus", "1", "--partition", "low", "--time", "60")
 INTERRUPTED = {"INTERRUPT": "mid-epoch:WAIT"}
 
 
@@ -287,6 +289,25 @@ def test_no_progress(cluster: Cluster, workshop: Workshop) -> None:
     shown = cluster.wait_for(job, JobState="FAILED|COMPLETED|CANCELLED")
     assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", "70:0")
     assert "gave up: interrupted 2 times in a row" in batch.told()
+
+
+def test_the_printed_script(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
+) -> None:
+    """What `ckptd slurm-script` prints is a script that Slurm takes, and that comes back."""
+    words = (*TRAIN.split(), str(workshop.path), "0")
+    printed = subprocess.run(
+        [sys.executable, "-m", "ckptd", *PRINT, "--", *words],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    _, _, body = printed.replace("exec ckptd launch", f"exec {LAUNCH}").partition("\n")
+    batch = Batch(cluster, workshop, body=body)
+    job = begun(batch)
+    cluster.do("scancel", "--batch", "--signal=USR1", job)
+    cluster.start_requeued(job)
+    check_end(cluster, batch, job, reference)
 
 
 @pytest.mark.nightly

@@ -1,0 +1,87 @@
+"""A systemd service: it is told when the job runs, what it does, and that saving takes its time.
+
+The protocol is one datagram a message to the socket that $NOTIFY_SOCKET names (sd_notify(3)).
+
+Rules:
+
+1. Starting again is systemd's: the unit's Restart= settings go by our exit code, and a unit that is
+   enabled comes back after a reboot.
+2. Saving must not be cut off at TimeoutStopSec: EXTEND_TIMEOUT_USEC has to come before that time is
+   over, and then again and again, each before the last one is over.
+3. The watchdog is for this process alone. A training that hangs is found in other ways.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+SOCKET_VARIABLE: Final = "NOTIFY_SOCKET"
+#: What is ours alone: a script that finds these would speak for us.
+OWN_VARIABLES: Final = (SOCKET_VARIABLE, "WATCHDOG_USEC", "WATCHDOG_PID")
+
+
+class Systemd:
+    """The service that this process is the main process of.
+
+    Args:
+        environment: with NOTIFY_SOCKET.
+    """
+
+    restarts = False
+    job = None
+    restart = 0
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        address = environment[SOCKET_VARIABLE]
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._status = ""
+
+    def described(self) -> str:
+        """See `Host`."""
+        unit = _unit(Path("/proc/self/cgroup").read_text(encoding="utf-8"))
+        return "a systemd service" if unit is None else f"systemd service {unit}"
+
+    def left_s(self) -> float | None:
+        """See `Host`; there is no limit while saving goes on."""
+        return None
+
+    def again(self) -> str | None:
+        """See `Host`."""
+        return None
+
+    def ready(self) -> None:
+        """See `Host`."""
+        self._tell("READY=1")
+
+    def status(self, text: str) -> None:
+        """See `Host`."""
+        if text != self._status:
+            self._status = text
+            self._tell(f"STATUS={text}")
+
+    def alive(self) -> None:
+        """See `Host`."""
+        self._tell("WATCHDOG=1")
+
+    def more_time(self, seconds: float) -> None:
+        """See `Host`."""
+        self._tell(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
+
+    def _tell(self, text: str) -> None:
+        try:
+            self._socket.sendto(text.encode(), socket.MSG_DONTWAIT, self._address)
+        except OSError:
+            return  # systemd is restarting or swamped: the next message, in a second, says as much
+
+
+def _unit(groups: str) -> str | None:
+    """The unit's name in /proc/self/cgroup: the last part of a path that is a service's."""
+    for line in groups.splitlines():
+        name = line.rpartition("/")[2]
+        if name.endswith(".service"):
+            return name
+    return None

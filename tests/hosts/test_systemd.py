@@ -1,0 +1,84 @@
+"""Under systemd's notification protocol, spoken with a socket of the test's own."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import Workshop
+from launched import Launched, fake
+
+from ckptd.errors import UsageError
+from ckptd.host import host, systemd
+from ckptd.host.host import Plain
+
+BOUND_S = 120.0
+
+
+class Manager:
+    """What systemd is to a service: a socket that takes its datagrams."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(BOUND_S)
+        self.told: list[str] = []
+
+    def wait_for(self, text: str) -> str:
+        """The next message that begins like this."""
+        while True:
+            self.told.append(self._socket.recv(4096).decode())
+            if self.told[-1].startswith(text):
+                return self.told[-1]
+
+
+def test_a_service_is_heard(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """READY when the job runs, then its step and the watchdog's ping; at a stop, more time for as
+    long as saving takes. The script finds nothing of it in its environment."""
+    manager = Manager(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    # It stays when it has its receipt, so that the stop lasts until its grace is over.
+    launched = Launched(workshop, *fake("--stay"), options=("--grace", "3"))
+    launched.wait_for("step 3")
+    assert manager.wait_for("READY=1")
+    assert manager.told == ["READY=1"], "nothing is said before it runs"
+    manager.wait_for("WATCHDOG=1")
+    assert "step" in manager.wait_for("STATUS=")
+    (worker,) = launched.descendants()
+    assert not [name for name in worker.environ() if name in systemd.OWN_VARIABLES]
+    assert not [one for one in manager.told if one.startswith("EXTEND")], "only a stop takes time"
+    launched.signal(signal.SIGTERM)
+    assert manager.wait_for("EXTEND_TIMEOUT_USEC=") == "EXTEND_TIMEOUT_USEC=30000000"
+    assert launched.ends() == 75, launched.told()
+
+
+def test_a_manager_that_is_gone_stops_nobody(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd may restart itself: nobody listens for a while."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    launched = Launched(workshop, *fake("--total", "10"))
+    assert launched.ends() == 0, launched.told()
+
+
+def test_the_host_is_recognised() -> None:
+    """By what it leaves in the environment; one that is named and not there is an error."""
+    here = {"NOTIFY_SOCKET": "@/org/systemd"}
+    assert isinstance(host.recognised(here), systemd.Systemd)
+    assert isinstance(host.recognised(here, "none"), Plain)
+    assert isinstance(host.recognised({}), Plain)
+    with pytest.raises(UsageError, match="NOTIFY_SOCKET is not set"):
+        host.recognised({}, "systemd")
+
+
+def test_the_unit_is_named() -> None:
+    """As the control group's path says, in both versions of control groups."""
+    assert systemd._unit("0::/system.slice/system-ckptd.slice/ckptd@a.service\n") == (
+        "ckptd@a.service"
+    )
+    assert systemd._unit("9:name=systemd:/user.slice\n0::/init.scope\n") is None
