@@ -117,7 +117,7 @@ class Cluster:
 
     def _start(self, program: str, *options: str, name: str | None = None) -> None:
         found = shutil.which(program, path=_PATH)
-        assert found is not None, "asked for by why_not"
+        assert found is not None, "seen by why_not"
         with (self.path / f"{name or program}.out").open("ab") as output:
             self._daemons[name or program] = subprocess.Popen(
                 [found, *options],
@@ -280,7 +280,7 @@ class Cluster:
 
     def told(self) -> str:
         """The ends of the daemons' logs."""
-        logs = sorted([*self.path.glob("*.log"), *self.path.glob("*.out")])
+        logs = sorted(self.path.glob("slurm*.log")) or sorted(self.path.glob("*.out"))
         return "\n".join(
             f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-12:])
             for log in logs
