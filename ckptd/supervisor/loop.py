@@ -117,6 +117,8 @@ class Loop:
         self._generation = 0  # the last one that came
         self._askers: list[Peer] = []
         self._stop_askers: list[Peer] = []
+        #: Whether the owner asked for the stop, who starts the job again when it is wanted.
+        self.stopped_by_owner = False
         self._code: int | None = None
         self._last_lines: deque[bytes] = deque(maxlen=_LAST_LINES)
         self._unended = b""  # the begin of a line whose rest has not come yet
@@ -603,6 +605,7 @@ class Loop:
             peer.close()
         elif ask.what == "stop":
             self._stop_askers.append(peer)
+            self.stopped_by_owner = True
             self._tell(machine.StopAsked())
         elif ask.what == "checkpoint":
             self._askers.append(peer)

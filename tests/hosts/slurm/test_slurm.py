@@ -145,6 +145,18 @@ def test_cancelled(cluster: Cluster, workshop: Workshop, reference: tuple[bytes,
     assert any(event["event"] == "restored" for event in workshop.journal())
 
 
+def test_stopped_by_its_owner(cluster: Cluster, workshop: Workshop) -> None:
+    """`ckptd stop` saves the job and ends it: nobody wanted it back in the queue."""
+    batch = training(cluster, workshop)
+    job = begun(batch)
+    words = ("stop", "--dir", f"{workshop.path}/runs", f"slurm-{job}")
+    subprocess.run([sys.executable, "-m", "ckptd", *words], check=True, capture_output=True)
+    shown = cluster.wait_for(job, JobState="COMPLETED|FAILED|CANCELLED")
+    assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "75:0", "0")
+    assert "not put back into the queue" in batch.told()
+    assert workshop.journal(f"slurm-{job}")[-1]["event"] == "stopped"
+
+
 def test_preempted_without_a_grace(
     cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
 ) -> None:
