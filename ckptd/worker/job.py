@@ -416,12 +416,14 @@ class LaunchedJob(Job):
             UsageError: this process may not have a file, or a memory, of that size.
         """
         carriers, naming = self._carriers_and_names()
-        now = sum(
-            tensor.nbytes
-            for carrier in carriers.values()
-            for frozen in carrier.full(naming).values()
-            for _, tensor in frozen.tensors
-        )
+        where = "the script" if self._reader is None else self._reader.where
+        with _reading("what was tracked", where):
+            now = sum(
+                tensor.nbytes
+                for carrier in carriers.values()
+                for frozen in carrier.full(naming).values()
+                for _, tensor in frozen.tensors
+            )
         limit = memory.limit()
         if limit is not None and limit < now:
             raise UsageError(

@@ -311,6 +311,7 @@ def test_the_printed_script(
         text=True,
         check=True,
     ).stdout
+    printed = printed.replace("$SLURM_SUBMIT_DIR", str(workshop.path))  # here: of the tests
     _, _, body = printed.replace("exec ckptd launch", f"exec {LAUNCH}").partition("\n")
     batch = Batch(cluster, workshop, body=body)
     job = begun(batch)
