@@ -173,14 +173,12 @@ def command(
     loop = Loop(run, policy, lock, RealClock(), terminal, host)
     code = loop.run()
     os.close(lock)
-    if loop.stopped_by_owner and host.restarts:
-        terminal.say("stopped by `ckptd stop`: the job is not put back into the queue")
-        return code
     return requeues.settle(
         run,
         host,
         code,
         progressed=loop.progressed,
+        by_owner=loop.stopped_by_owner,
         requeues_max=requeues_max,
         say=terminal.say,
     )

@@ -54,8 +54,8 @@ class Host(Protocol):
     def ready(self) -> None:
         """The job runs."""
 
-    def status(self, text: str) -> None:
-        """What it does, in one line."""
+    def status(self, text: Callable[[], str]) -> None:
+        """What it does, in one line, made only where somebody reads it."""
 
     def alive(self) -> None:
         """The supervisor is not stuck."""
@@ -65,10 +65,10 @@ class Host(Protocol):
 
 
 class Plain:
-    """A machine without anything: the user starts the job again."""
+    """A machine without anything: the user starts the job again. Other hosts add what they know."""
 
     restarts = False
-    job = None
+    job: str | None = None
     restart = 0
 
     def described(self) -> str:
@@ -86,7 +86,7 @@ class Plain:
     def ready(self) -> None:
         """See `Host`."""
 
-    def status(self, text: str) -> None:
+    def status(self, text: Callable[[], str]) -> None:
         """See `Host`."""
 
     def alive(self) -> None:

@@ -27,6 +27,8 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
+from ckptd.host.host import Plain
+
 JOB_VARIABLE: Final = "SLURM_JOB_ID"
 
 #: Within a stop signal's grace there is no time to lose; at the end there is nothing else to do.
@@ -39,7 +41,7 @@ _FIELD: Final = re.compile(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)")
 _KILL_WAIT: Final = re.compile(r"^KillWait\s*=\s*(\d+)", re.MULTILINE)
 
 
-class Slurm:
+class Slurm(Plain):
     """The Slurm job of this environment.
 
     Args:
@@ -50,7 +52,7 @@ class Slurm:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._id = job_id(environment)
-        self.job: str | None = f"Slurm job {self._id}"
+        self.job = f"Slurm job {self._id}"
         self.restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
         self._partition = environment.get("SLURM_JOB_PARTITION")
         # Seconds since 1970 instead of a local time, of which there are two in an autumn night.
@@ -107,18 +109,6 @@ class Slurm:
                 continue
             return f"asked Slurm to put job {self._id} back into the queue"
         return f"job {self._id} is not back in the queue ({why}): {by_hand}"
-
-    def ready(self) -> None:
-        """See `Host`."""
-
-    def status(self, text: str) -> None:
-        """See `Host`."""
-
-    def alive(self) -> None:
-        """See `Host`."""
-
-    def more_time(self, seconds: float) -> None:
-        """See `Host`."""
 
     def _needs_nothing(self, shown: Mapping[str, str]) -> str | None:
         """Why no requeue is to be asked for; None: it is."""

@@ -14,25 +14,23 @@ Rules:
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
+
+from ckptd.host.host import Plain
 
 SOCKET_VARIABLE: Final = "NOTIFY_SOCKET"
 #: What is ours alone: a script that finds these would speak for us.
 OWN_VARIABLES: Final = (SOCKET_VARIABLE, "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
-class Systemd:
+class Systemd(Plain):
     """The service that this process is the main process of.
 
     Args:
         environment: with NOTIFY_SOCKET.
     """
-
-    restarts = False
-    job = None
-    restart = 0
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         address = environment[SOCKET_VARIABLE]
@@ -45,23 +43,16 @@ class Systemd:
         unit = _unit(Path("/proc/self/cgroup").read_text(encoding="utf-8"))
         return "a systemd service" if unit is None else f"systemd service {unit}"
 
-    def left_s(self) -> float | None:
-        """See `Host`; there is no limit while saving goes on."""
-        return None
-
-    def again(self) -> str | None:
-        """See `Host`."""
-        return None
-
     def ready(self) -> None:
         """See `Host`."""
         self._tell("READY=1")
 
-    def status(self, text: str) -> None:
+    def status(self, text: Callable[[], str]) -> None:
         """See `Host`."""
-        if text != self._status:
-            self._status = text
-            self._tell(f"STATUS={text}")
+        line = text()
+        if line != self._status:
+            self._status = line
+            self._tell(f"STATUS={line}")
 
     def alive(self) -> None:
         """See `Host`."""

@@ -133,9 +133,8 @@ class Loop:
         self._read_once = False
         self._last_failure = ""
         # By their names; what they hold is read while the command starts.
-        names = retention.newest_first(self._disk.names(run.checkpoints))
+        names = self._checkpoints()
         order = retention.order_of(names[0]) if names else None
-        self._began_at = None if order is None else order[0]
         self._state = machine.begin(
             policy,
             clock.now_s(),
@@ -143,6 +142,7 @@ class Loop:
             ever_attached=job.facts is not None,
             checkpoints=len(names),
         )
+        self._began_at = self._state.ledger.durable_step
 
     @property
     def progressed(self) -> bool:
@@ -278,8 +278,7 @@ class Loop:
         try:
             attempt = self._start(memory)
         except (OSError, CkptdError) as error:
-            disk = isinstance(error, OSError) and error.errno in _DISK_REFUSES
-            self._tell(machine.SpawnFailed(f"a failure to start it ({error})", disk))
+            self._spawn_failed("start it", error)
             return
         try:
             # While the command starts: its imports take as long as reading a few GiB.
@@ -287,17 +286,18 @@ class Loop:
         except OSError as error:
             if not self._read_once:
                 raise  # whoever launches has to see it; a job that ran before waits for its disk
-            disk = error.errno in _DISK_REFUSES
-            self._tell(machine.SpawnFailed(f"a failure to read its checkpoints ({error})", disk))
+            self._spawn_failed("read its checkpoints", error)
             return
         self._read_once = True
         self._started(attempt, newest)
 
+    def _spawn_failed(self, what: str, error: OSError | CkptdError) -> None:
+        refused = isinstance(error, OSError) and error.errno in _DISK_REFUSES
+        self._tell(machine.SpawnFailed(f"a failure to {what} ({error})", refused))
+
     def _start(self, snapshot: Job | None) -> _Attempt:
         """Start the command as a new attempt."""
-        self._number = fence.claim(
-            self._disk, self._run.path, f"{slurm.node() or os.uname().nodename} {os.getpid()}\n"
-        )
+        self._number = self._run.claim_attempt()
         environment, said = environment_for(self._job, os.environ)
         environment[wire.ENV_SOCKET] = self._server.address
         if said:
@@ -388,17 +388,23 @@ class Loop:
         if set_aside:
             using = "starting over" if newest is None else f"using the older step {newest.step}"
             self._terminal.say(using)
-            left = len(retention.newest_first(self._disk.names(self._run.checkpoints)))
+            left = len(self._checkpoints())
             self._tell(machine.SetAside(None if newest is None else newest.step, left))
         return newest
+
+    def _checkpoints(self) -> list[str]:
+        """The names of the checkpoints that there are, newest first; none of them is read."""
+        return retention.newest_first(self._disk.names(self._run.checkpoints))
 
     # -------------------------------------------------------------- facts
 
     def _signals_came(self) -> None:
-        numbers = self._signals.take()
-        for number in numbers:
-            self._tell(machine.Signalled(number))
-        if any(number != machine.USR2 for number in numbers):
+        for number in self._signals.take():
+            self._signalled(number)
+
+    def _signalled(self, number: int) -> None:
+        self._tell(machine.Signalled(number))
+        if number != machine.USR2:
             self._ask_host()
 
     def _ask_host(self) -> None:
@@ -562,9 +568,7 @@ class Loop:
             case wire.Restored(step, seconds):
                 self._scribe.event("restored", step=step, seconds=round(seconds, 3))
             case wire.Notice(number):
-                self._tell(machine.Signalled(number))
-                if number != machine.USR2:
-                    self._ask_host()
+                self._signalled(number)
             case wire.Short(needed, available):
                 self._terminal.say_once(
                     f"a snapshot needs {needed >> 20} MiB of memory, {available >> 20} MiB are "
@@ -585,9 +589,8 @@ class Loop:
 
     def _check_space(self, length: int) -> None:
         """Before the first step: that no disk is full at three in the morning."""
-        there = len(self._disk.names(self._run.checkpoints))
         free = disk.free(self._run.path)
-        short = space_short(length, self._policy.keep, there, free)
+        short = space_short(length, self._policy.keep, len(self._checkpoints()), free)
         if short is not None:
             self._scribe.event("space is short", needed=length, free=free)
             self._terminal.say(f"{self._run.path}: {short}")
@@ -636,7 +639,7 @@ class Loop:
 
     def _tell_host(self) -> None:
         self._host.alive()
-        self._host.status(self._summary())
+        self._host.status(self._summary)
         runs = (machine.Pausing, machine.Attached)
         if not isinstance(self._state.phase, runs) and machine.deadline(self._state) is not None:
             self._host.more_time(_MORE_TIME_S)  # it ends: at a deadline of the machine's
@@ -659,7 +662,7 @@ class Loop:
 
     def _facts(self) -> dict[str, str | int | float | None]:
         ledger, now_s = self._state.ledger, self._clock.now_s()
-        age_s = None if self._durable_at_s is None else round(now_s - self._durable_at_s, 1)
+        durable_s = None if self._durable_at_s is None else now_s - self._durable_at_s
         rate = self._rate()
         values = {} if self._attempt is None else self._attempt.page.values()
         return {
@@ -669,20 +672,19 @@ class Loop:
             "place": self._place(),
             "rate": None if rate is None else round(rate, 3),
             "durable step": ledger.durable_step,
-            "durable age s": age_s,
+            "durable age s": None if durable_s is None else round(durable_s, 1),
             "restarts": self._restarts,
             "last failure": self._last_failure or None,
             "not durable because": ledger.failed,
-            "would cost": self._at_stake(now_s, rate),
+            "would cost": self._at_stake(now_s, rate, durable_s),
             **{f"log {name}": value for name, value in values.items()},
         }
 
-    def _at_stake(self, now_s: float, rate: float | None) -> str | None:
+    def _at_stake(self, now_s: float, rate: float | None, durable_s: float | None) -> str | None:
         """What an interruption would cost now; None: no worker runs."""
         if self._attempt is None or self._attempt.worker is None:
             return None
         ledger = self._state.ledger
-        durable_s = None if self._durable_at_s is None else now_s - self._durable_at_s
         in_memory = ledger.held is not None or ledger.writing is not None
         whole_s = durable_s
         if in_memory and self._whole_at_s is not None:

@@ -868,8 +868,7 @@ def _checkpoint_while_idle(state: State, phase: Phase, fact: Fact, now_s: float)
 def _attached(state: State, phase: Unattached, fact: WorkerAttached, now_s: float) -> Turn:
     state = replace(state, ever_attached=True, unfinished=not fact.own)
     if phase.deadline_s is None:
-        every_s = state.policy.every_s
-        return replace(state, phase=Attached(now_s + every_s, now_s + state.hold_every_s)), []
+        return replace(state, phase=Attached(now_s + state.policy.every_s)), []
     return _ask_to_leave(state, phase.stop, phase.deadline_s)
 
 

@@ -20,6 +20,7 @@ def settle(
     code: int,
     *,
     progressed: bool,
+    by_owner: bool,
     requeues_max: int,
     say: Callable[[str], None],
 ) -> int:
@@ -30,6 +31,7 @@ def settle(
         host: what started us.
         code: what the supervisor ended with.
         progressed: whether a new step became durable under it.
+        by_owner: whether it was the owner who stopped it, and starts it again when it is wanted.
         requeues_max: interruptions without progress between them before giving up.
         say: tells the user.
 
@@ -37,6 +39,9 @@ def settle(
         The exit code.
     """
     if code != Exit.INTERRUPTED or not host.restarts:
+        return code
+    if by_owner:
+        say("stopped by `ckptd stop`: the job is not put back into the queue")
         return code
     before = run.requeues()
     fruitless = 0 if progressed else before + 1

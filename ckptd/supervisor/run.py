@@ -29,7 +29,6 @@ from ckptd.host import children, slurm, systemd
 from ckptd.host.disk import RealDisk
 from ckptd.host.host import Host
 from ckptd.store import fence
-from ckptd.supervisor.policy import Policy
 
 #: Variables that decide about thread counts and thereby about the order of additions.
 THREAD_VARIABLES: Final = (
@@ -55,8 +54,7 @@ class JobFile(msgspec.Struct, frozen=True):
         environment: variables that decide about bits, as they were at the first launch; None:
         unset. cpus: usable processors at the first launch. fixed_addresses: whether memory
         addresses are the same in every attempt. facts: what the first attempt's worker
-        said of itself (`Hello.environment`); None: none yet. policy: what the user had
-        set at the last launch.
+        said of itself (`Hello.environment`); None: none yet.
     """
 
     name: str
@@ -68,7 +66,6 @@ class JobFile(msgspec.Struct, frozen=True):
     ckptd: str
     fixed_addresses: bool = False
     facts: dict[str, str] | None = None
-    policy: Policy | None = None
 
 
 class SupervisorFile(msgspec.Struct, frozen=True):
@@ -156,6 +153,15 @@ class Run:
         disk.sync(temporary)
         disk.rename(temporary, self.path / name)
         disk.sync_directory(self.path)
+
+    def claim_attempt(self) -> int:
+        """Claim the next attempt's number; what has a smaller one may publish nothing any more.
+
+        Raises:
+            FencedError, OSError: see `fence.claim`.
+        """
+        where = slurm.node() or os.uname().nodename
+        return fence.claim(RealDisk(), self.path, f"{where} {os.getpid()}\n")
 
     def forget_supervisor(self, own: SupervisorFile) -> None:
         """The supervisor ends in order. What a newer one wrote elsewhere is left alone."""
@@ -350,7 +356,7 @@ def _replace(run: Run, holder: SupervisorFile, descriptor: int, say: Callable[[s
         f"{holder.job} was started again in the place of the copy on {where} (process "
         f"{holder.pid}); that one may save nothing any more, and has {_REPLACE_S:g} s to end"
     )
-    fence.claim(RealDisk(), run.path, f"{slurm.node() or os.uname().nodename} {os.getpid()}\n")
+    run.claim_attempt()
     until_s = time.monotonic() + _REPLACE_S
     while run.supervisor() == holder or not _try_lock(descriptor):
         if time.monotonic() >= until_s:

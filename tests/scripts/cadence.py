@@ -8,13 +8,11 @@ Writes every loss and the weights to OUT. Under `ckptd launch` it kills itself o
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
-import torch
-from torch import nn
+from interruption import wait_until
+from small import Training
 
-import ckptd
 from ckptd import wire
 
 OUT = Path(sys.argv[1])
@@ -22,30 +20,18 @@ LAUNCHED = "CKPTD_SOCKET" in os.environ
 FIRST = LAUNCHED and not Path(f"{OUT}.killed").exists()
 
 
-def wait_until_asked(job):
-    while int(job.words[wire.WORD_REQUEST]) == job.answered:
-        time.sleep(0.01)
-
-
 def main():
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 1))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    losses = []
-    job = ckptd.attach(model=model, optimizer=optimizer, losses=losses)
+    training = Training()
+    job = training.job
     for step in job.loop(range(20)):
-        optimizer.zero_grad()
-        loss = model(torch.randn(4, 8)).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item().hex())
+        training.step()
         if FIRST and step == 11:
-            wait_until_asked(job)  # the safe point after this step answers
+            # The safe point after this step answers.
+            wait_until(lambda: job.words[wire.WORD_REQUEST] != job.answered, "a request")
         if FIRST and step == 12:
             Path(f"{OUT}.killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-    bits = [p.detach().view(torch.int32).tolist() for p in model.parameters()]
-    OUT.write_text(repr((losses, bits)))
+    training.write(OUT)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,20 @@ _BOUND_S = 60
 _WAIT_BOUND_S = 200
 
 
+def wait_until(happened, what, bound_s=_BOUND_S):
+    """Wait for an event; the script ends with an error when it does not come."""
+    bound = time.monotonic() + bound_s
+    while not happened():
+        if time.monotonic() > bound:
+            sys.exit(f"{what} never came")
+        time.sleep(0.001)
+
+
 def signal_and_see(job, send):
     """Send a signal, and return when the request that it leads to has arrived at this process."""
     before = job.words[0]
     send()
-    bound = time.monotonic() + _BOUND_S
-    while job.words[0] == before:
-        if time.monotonic() > bound:
-            sys.exit("no request arrived")
-        time.sleep(0.001)
+    wait_until(lambda: job.words[0] != before, "a request")
 
 
 class Interruption:
@@ -81,11 +86,11 @@ class Interruption:
     def _wait(self):
         """Until a request arrives, or the supervisor is gone."""
         before = self.job.words[0]
-        bound = time.monotonic() + _WAIT_BOUND_S
-        while self.job.words[0] == before and os.getppid() == self.supervisor:
-            if time.monotonic() > bound:
-                sys.exit("no interruption came")
-            time.sleep(0.01)
+        wait_until(
+            lambda: self.job.words[0] != before or os.getppid() != self.supervisor,
+            "an interruption",
+            _WAIT_BOUND_S,
+        )
 
     def flushing_already(self):
         return self.moment == "the flush"
