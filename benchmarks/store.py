@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import atexit
 import ctypes
+import gc
 import json
 import mmap
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -216,6 +218,12 @@ class Limits:
             list(pool.map(do, range(0, self.length, CHUNK)))
 
 
+def give_back() -> None:
+    """Return to the system what was freed, so that one way does not use up another one's memory."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def sync(path: Path) -> None:
     """Make a file durable."""
     with path.open("rb") as file:
@@ -241,6 +249,8 @@ def model_of(length: int, count: int) -> nn.Module:
 
 def measure(place: Path, length: int, count: int, turns: int) -> Figures:
     """All figures for one state."""
+    warnings.filterwarnings("ignore", "Detected an existing checkpoint")
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
     figures = Figures()
     model = model_of(length, count)
     ours, peers, limits = Ours(place, model), Peers(place, model), Limits(place, length)
@@ -268,13 +278,16 @@ def save(peers: Peers, now: Figures) -> None:
         ("safetensors", peers.save_safetensors),
         ("DCP", peers.save_dcp),
     ):
+        give_back()
         with now.weighed(name), now.timed(f"{name}: durable"):
             one()
         now.note(f"{name}: stall", now[f"{name}: durable"][-1])
+    give_back()
     with now.weighed("DCP async"), now.timed("DCP async: durable"):
         with now.timed("DCP async: stall"):
             waiting = peers.save_dcp_async()
         waiting.result()
+    del waiting
 
 
 def restore(place: Path, ours: Ours, peers: Peers, now: Figures) -> None:
@@ -285,9 +298,11 @@ def restore(place: Path, ours: Ours, peers: Peers, now: Figures) -> None:
         ("safetensors", "model.safetensors", peers.restore_safetensors),
         ("DCP", "dcp", peers.restore_dcp),
     ):
+        give_back()
         forget(place / path)
         with now.timed(f"{name}: cold"):
             one()
+        give_back()
         with now.timed(f"{name}: warm"):
             one()
 
@@ -345,6 +360,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.store", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the smallest state only, two turns")
     parser.add_argument("--sizes", default=",".join(SIZES), help="which of: %(default)s")
+    parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="of tensors")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument(
         "--dir", type=Path, help="where to write (default: the temporary directory)"
@@ -352,12 +368,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures there as well")
     args = parser.parse_args()
     sizes, turns = (["64 MiB"], 2) if args.quick else (args.sizes.split(","), args.turns)
-    warnings.filterwarnings("ignore", "Detected an existing checkpoint")
     console, kept = Console(width=140), {}
     for size in sizes:
-        for count in COUNTS:
-            with tempfile.TemporaryDirectory(prefix="ckptd-bench-", dir=args.dir) as place:
-                figures = measure(Path(place), SIZES[size], count, turns)
+        for count in map(int, args.counts.split(",")):
+            # A process for each state: what one leaves in memory does not hamper the next.
+            with (
+                tempfile.TemporaryDirectory(prefix="ckptd-bench-", dir=args.dir) as place,
+                multiprocessing.get_context("spawn").Pool(1) as pool,
+            ):
+                figures = pool.apply(measure, (Path(place), SIZES[size], count, turns))
             kept[f"{size} in {count}"] = figures
             table = Table(title=f"{size} in {count:,} tensors", box=None, title_justify="left")
             for column in ("seconds", "stall", "durable", "cold", "warm", "written", "memory"):

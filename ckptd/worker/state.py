@@ -262,7 +262,7 @@ class ModuleCarrier(Carrier):
         self._names: _Names | None = None  # objects are not held on to, the script may drop them
         self._at_first = {
             key: tree.freeze(value, key).tree
-            for key, value in self._attributes().items()
+            for key, value in self._attributes(*self._members()).items()
             if not _holds_tensors(value)
         }
         # Most attributes are numbers and names that never change: these are compared as they are.
@@ -300,8 +300,7 @@ class ModuleCarrier(Carrier):
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """All parameters in it, the same."""
-        members, names = self._members()
-        return list(zip(names.parameters, members.parameters, strict=True))
+        return _named_parameters(*self._members())
 
     def full(self, naming: Naming) -> Parts:  # noqa: ARG002
         weights: list[tuple[str, torch.Tensor]] = []
@@ -313,27 +312,30 @@ class ModuleCarrier(Carrier):
             else:
                 extra[_canonical(key)] = value
         own = Frozen([key for key, _ in weights], weights)
+        members, names = self._members()
         beside = {
-            "flags": self._flags(),
+            "flags": _flags(members, names),
             "extra": extra,
             "buffers": self._hidden_buffers(state),
             "strides": {key: _strides(t) for key, t in weights if not t.is_contiguous()},
             "grads": {
                 name: parameter.grad
-                for name, parameter in self.parameters()
+                for name, parameter in _named_parameters(members, names)
                 if parameter.grad is not None
             },
         }
+        attributes = self._changed_attributes(members, names)
         return {
             "": own,
             "beside": tree.freeze(beside, self.name),
-            "attributes": tree.freeze(self._changed_attributes(), self.name),
+            "attributes": tree.freeze(attributes, self.name),
         }
 
     def plain(self, naming: Naming) -> Frozen:  # noqa: ARG002
-        attributes = self._changed_attributes()
+        members, names = self._members()
+        attributes = self._changed_attributes(members, names)
         loose = {key: value for key, value in attributes.items() if not _holds_tensors(value)}
-        return tree.freeze({"flags": self._flags(), "attributes": loose}, self.name)
+        return tree.freeze({"flags": _flags(members, names), "attributes": loose}, self.name)
 
     def check(self, saved: Saved, naming: Naming) -> None:  # noqa: ARG002
         self.check_kind(saved)
@@ -391,11 +393,6 @@ class ModuleCarrier(Carrier):
         self._restore_flags(thawer.thaw(parts["flags"]))
         self._restore_attributes(parts["attributes"], thawer)
 
-    def _flags(self) -> dict[str, Any]:
-        training = {name: module.training for name, module in self.modules()}
-        grads = {name: parameter.requires_grad for name, parameter in self.parameters()}
-        return {"training": _packed(training), "requires_grad": _packed(grads)}
-
     def _restore_flags(self, flags: dict[str, Any]) -> None:
         usual, others = flags["training"]
         for name, module in self.module.named_modules():
@@ -416,14 +413,18 @@ class ModuleCarrier(Carrier):
                 tree.copy_bits(laid, tensor)
                 tensor.data = laid
 
-    def _attributes(self, *, unchanging: bool = True) -> dict[str, Any]:
+    def _attributes(
+        self, members: _Members, names: _Names, *, unchanging: bool = True
+    ) -> dict[str, Any]:
         """Plain attributes by "submodule.attribute"; what a checkpoint can't hold is left out.
 
         Args:
+            members: of the module.
+            names: of the members.
             unchanging: also those that are numbers and names as they were at first.
         """
         found: dict[str, Any] = {}
-        for path, module in self.modules():
+        for path, module in zip(names.modules, members.modules, strict=True):
             first = {} if unchanging else self._plain_at_first.get(path, {})
             for name, value in vars(module).items():
                 if name in _MODULE_OWN or isinstance(value, (*_CODE, torch.nn.Module)):
@@ -436,11 +437,11 @@ class ModuleCarrier(Carrier):
                     found[f"{path}.{name}"] = value
         return found
 
-    def _changed_attributes(self) -> dict[str, Any]:
+    def _changed_attributes(self, members: _Members, names: _Names) -> dict[str, Any]:
         """Those that are not what they were when the module was tracked, and all with tensors."""
         own: set[int] = set()
         changed = {}
-        for key, value in self._attributes(unchanging=False).items():
+        for key, value in self._attributes(members, names, unchanging=False).items():
             frozen = tree.freeze(value, key)
             if frozen.tensors and not own:
                 own = {
@@ -821,6 +822,17 @@ def _canonical(key: str) -> str:
     if "_orig_mod" not in key:
         return key
     return ".".join(part for part in key.split(".") if part != "_orig_mod")
+
+
+def _named_parameters(members: _Members, names: _Names) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(zip(names.parameters, members.parameters, strict=True))
+
+
+def _flags(members: _Members, names: _Names) -> dict[str, Any]:
+    modules = zip(names.modules, members.modules, strict=True)
+    training = {name: module.training for name, module in modules}
+    grads = {name: p.requires_grad for name, p in _named_parameters(members, names)}
+    return {"training": _packed(training), "requires_grad": _packed(grads)}
 
 
 def _packed(flags: dict[str, bool]) -> tuple[bool, set[str]]:
