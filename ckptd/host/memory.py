@@ -49,6 +49,56 @@ def _left_in_groups() -> Iterator[int]:
             yield limit - int((path / "memory.current").read_text(encoding="ascii"))
 
 
+class OomWatch:
+    """Whether the kernel has killed processes for want of memory since this was made."""
+
+    def __init__(self) -> None:
+        self._before = _oom_kills()
+
+    def found(self) -> str | None:
+        """What to say of it; None: it has killed none."""
+        now = _oom_kills()
+        groups = [name for name, kills in now.items() if kills > self._before.get(name, kills)]
+        own = [name for name in groups if name]
+        if own:
+            limit = _limit_of(Path(own[0]))
+            of = "" if limit is None else f", which may use {limit >> 20} MiB"
+            return f"out of memory: the kernel killed a process of its control group{of}"
+        if groups:
+            return "out of memory: the kernel killed a process on this machine meanwhile"
+        return None
+
+
+def _oom_kills() -> dict[str, int]:
+    """Processes killed so far, by control group above this process; "": on the whole machine."""
+    files = {"": Path("/proc/vmstat")}
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                group = Path("/sys/fs/cgroup") / path.lstrip("/")
+                files[str(group)] = group / "memory.events"
+            elif "memory" in controllers.split(","):
+                group = Path("/sys/fs/cgroup/memory") / path.lstrip("/")
+                files[str(group)] = group / "memory.oom_control"
+    kills = {}
+    for name, file in files.items():
+        with suppress(OSError):  # a container that does not show its control group
+            for line in file.read_text(encoding="ascii").splitlines():
+                if line.startswith("oom_kill "):
+                    kills[name] = int(line.split()[1])
+    return kills
+
+
+def _limit_of(group: Path) -> int | None:
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # of the other version, or "max"
+            limit = int((group / name).read_text(encoding="ascii"))
+            if limit < psutil.virtual_memory().total:
+                return limit
+    return None
+
+
 def shared(descriptor: int, length: int) -> memoryview:
     """A memfd's bytes, writable, shared with everyone who maps it; lives as long as it is used."""
     return memoryview(mmap.mmap(descriptor, length))

@@ -25,11 +25,12 @@ import msgspec
 
 from ckptd import wire
 from ckptd.errors import CkptdError, FencedError, ProtocolError
-from ckptd.host import children, disk, memory, slurm
+from ckptd.host import children, disk, memory, slurm, stacks
 from ckptd.host.children import Child
 from ckptd.host.clock import Clock
 from ckptd.host.disk import RealDisk
 from ckptd.host.host import Host
+from ckptd.host.memory import OomWatch
 from ckptd.host.signals import Signals
 from ckptd.store import fence, retention, store
 from ckptd.supervisor import machine, server
@@ -43,6 +44,7 @@ from ckptd.supervisor.policy import (
     described,
     space_short,
 )
+from ckptd.supervisor.rhythm import Rhythm
 from ckptd.supervisor.run import Run, SupervisorFile, boot_id, environment_for
 from ckptd.supervisor.scribe import Scribe
 from ckptd.supervisor.server import Peer, Server, close_all
@@ -70,6 +72,9 @@ class _Attempt:
     page: wire.StatusPage
     checkpoint: Path | None
     memory: Job | None  # the snapshot to restore; before the checkpoint
+    oom: OomWatch
+    from_step: int = 0
+    worker_pid: int = 0
     worker: Peer | None = None
     had_worker: bool = False
 
@@ -122,6 +127,7 @@ class Loop:
         self._code: int | None = None
         self._last_lines: deque[bytes] = deque(maxlen=_LAST_LINES)
         self._unended = b""  # the begin of a line whose rest has not come yet
+        self._rhythm = Rhythm(policy.hang_after_s)
         self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
         self._durable_at_s: float | None = None
         self._whole_at_s: float | None = None  # when the newest state in memory was taken
@@ -255,6 +261,8 @@ class Loop:
                 for peer in self._askers:
                     peer.send(wire.Answer(ok, text, {}))
                 self._askers.clear()
+            case machine.Inspect():
+                self._errands.ask("stacks", self._inspect, self._inspected)
             case machine.KillTree():
                 children.kill_tree()
             case machine.Note(event, fields):
@@ -263,6 +271,13 @@ class Loop:
                 self._terminal.say(text)
             case machine.End(code):
                 self._end(code)
+
+    def _inspect(self) -> None:
+        stacks.show(lambda lines: self._scribe.output(lines.encode(errors="replace")))
+
+    def _inspected(self, _: None) -> None:
+        self._terminal.say(f"what the processes were doing: {self._run.log}")
+        self._tell(machine.Inspected())
 
     def _release(self, generation: int) -> None:
         job = self._held.pop(generation, None)
@@ -318,8 +333,10 @@ class Loop:
             os.close(write_end)
         page_fd = memory.make("ckptd-status", wire.PAGE_BYTES)
         page = wire.StatusPage(memory.shared(page_fd, wire.PAGE_BYTES))
-        attempt = _Attempt(self._number, child, output, page_fd, page, None, snapshot)
+        oom = OomWatch()
+        attempt = _Attempt(self._number, child, output, page_fd, page, None, snapshot, oom)
         self._attempt = attempt
+        self._rhythm.started()
         self._started_at_s = self._clock.now_s()
         self._samples.clear()
         self._last_lines.clear()
@@ -339,6 +356,7 @@ class Loop:
         if snapshot is not None:
             step = snapshot.snapshot.step
             at = f"from step {step} in memory"
+        attempt.from_step = step or 0
         source = "disk" if snapshot is None else "memory"
         pid = attempt.child.pid
         self._scribe.event("started", attempt=self._number, pid=pid, step=step, of=source)
@@ -403,6 +421,8 @@ class Loop:
             self._signalled(number)
 
     def _signalled(self, number: int) -> None:
+        if number == machine.INT:
+            self.stopped_by_owner = True
         self._tell(machine.Signalled(number))
         if number != machine.USR2:
             self._ask_host()
@@ -427,9 +447,10 @@ class Loop:
         if code is not None:
             self._forget(attempt.child)
             self._hear_worker_out(attempt)
+            cause = ("" if code == 0 else attempt.oom.found()) or ""
             if code != 0:
-                self._last_failure = described(code)
-            self._tell(machine.Exited(code, self._step()))
+                self._last_failure = f"{described(code)} {cause}".rstrip()
+            self._tell(machine.Exited(code, self._step(), cause))
 
     def _hear_worker_out(self, attempt: _Attempt) -> None:
         """What the worker sent before it died counts, whichever descriptor was looked at first."""
@@ -441,7 +462,7 @@ class Loop:
         if done.why is None:
             self._durable_at_s = self._clock.now_s()
             self._write_s = self._durable_at_s - self._write_began_s
-            self._tell(machine.Published(done.generation, done.step))
+            self._tell(machine.Published(done.generation, done.step, self._write_s))
         else:
             self._tell(machine.PublishFailed(done.generation, done.why, done.fenced))
 
@@ -527,7 +548,7 @@ class Loop:
                 *([] if memory is None else [memory.descriptor]),
             ],
         )
-        attempt.worker, attempt.had_worker = peer, True
+        attempt.worker, attempt.had_worker, attempt.worker_pid = peer, True, hello.pid
         self._watch(peer, self._worker_spoke)
         self._scribe.event("attached", attempt=attempt.number, pid=hello.pid)
         self._tell(machine.WorkerAttached(own=hello.pid == attempt.child.pid))
@@ -536,6 +557,7 @@ class Loop:
         attempt = self._attempt
         assert attempt is not None, "only then is it watched"
         assert attempt.worker is not None, "the same"
+        self._rhythm.alive()
         try:
             received = attempt.worker.receive()
         except ProtocolError as error:
@@ -627,6 +649,7 @@ class Loop:
         if self._samples and now_s - self._samples[-1][0] < _GLANCE_S:
             return
         self._samples.append((now_s, self._step()))
+        self._look_for_hang(now_s)
         self._tell_host()
         writing = self._state.ledger.writing
         if writing is not None and now_s - self._write_began_s > SLOW_WRITE_S:
@@ -636,6 +659,25 @@ class Loop:
                 "on, and the newest state is in memory"
             )
         self._terminal.progress(self._summary)
+
+    def _look_for_hang(self, now_s: float) -> None:
+        attempt = self._attempt
+        if attempt is None or attempt.worker is None:
+            return
+        step = self._step()
+        items = sum(loop.done for loop in attempt.page.loops())
+        first = step <= attempt.from_step
+        stopped = stacks.is_stopped(attempt.worker_pid)
+        if stopped:
+            self._terminal.say_once(
+                f"process {attempt.worker_pid} was stopped (SIGSTOP, or a debugger): that is no "
+                "hang, and it may stay so"
+            )
+        self._rhythm.look(now_s, step, items, first=first, stopped=stopped)
+        idle_s = self._rhythm.idle_s
+        if self._rhythm.hangs():
+            self._last_failure = f"a hang at step {step}"
+            self._tell(machine.Stalled(idle_s, step))
 
     def _tell_host(self) -> None:
         self._host.alive()

@@ -16,8 +16,9 @@ Rules:
 Theory of operation. A job's life is a chain of attempts:
 
     Pausing ──► Unattached ──► Attached ──► Flushing ──► Leaving ──► Ending ──► Saving ──► Ended
-       ▲             │             │            │            │          │  ▲        │
-       └─────────────┴─────────────┴────────────┴────────────┴──────────┘  └────────┘
+       ▲             │          │  ▼            │            │          │  ▲        │
+       │             │          │ Inspecting ───┼────────────┼──────────┤  │        │
+       └─────────────┴──────────┴───────────────┴────────────┴──────────┘  └────────┘
                        (a failure: kill what is left, save what is held, pause, start again)
 
 - *Unattached*: the command runs and no worker of it has called `attach`. Maybe it is still
@@ -26,6 +27,8 @@ Theory of operation. A job's life is a chain of attempts:
 - *Attached*: a worker runs. It is asked through its status page and never signalled.
 - *Flushing*: it was asked to flush and leave. Ends with a receipt, with its death, or at the
   deadline.
+- *Inspecting*: it made no progress for far too long; what its processes are doing is being written
+  to the log, before they are killed.
 - *Leaving*: the receipt was given; the processes have until the same deadline to end by themselves.
 - *Ending*: everything that is left was killed; waits until the tree is gone.
 - *Saving*: no process is left, and the newest whole snapshot is being made durable.
@@ -141,10 +144,11 @@ class WorkerSaidBye:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A snapshot is durable."""
+    """A snapshot is durable; `took_s`: for how long it was written."""
 
     generation: int
     step: int
+    took_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +162,30 @@ class PublishFailed:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """The command ended: its exit status, or minus the signal; and the step it was at."""
+    """The command ended.
+
+    Attributes:
+        code: its exit status, or minus the signal.
+        step: where it was.
+        cause: what else is known of its end, for a person.
+    """
 
     code: int
     step: int
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """The worker has made no progress for longer than its own rhythm explains."""
+
+    seconds: float
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """What the processes of a job that hangs are doing is in the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +250,8 @@ Fact = (
     | Published
     | PublishFailed
     | Exited
+    | Stalled
+    | Inspected
     | TreeGone
     | Signalled
     | HostLimited
@@ -300,6 +326,11 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Inspect:
+    """Write into the log what every process of the job is doing."""
+
+
+@dataclass(frozen=True, slots=True)
 class KillTree:
     """Kill every process of the job that is left."""
 
@@ -327,7 +358,18 @@ class End:
 
 
 Action = (
-    Spawn | Request | PassSignal | Publish | Forget | Receipt | Answer | KillTree | Note | Say | End
+    Spawn
+    | Request
+    | PassSignal
+    | Publish
+    | Forget
+    | Receipt
+    | Answer
+    | Inspect
+    | KillTree
+    | Note
+    | Say
+    | End
 )
 
 
@@ -418,6 +460,14 @@ class Flushing:
 
 
 @dataclass(frozen=True, slots=True)
+class Inspecting:
+    """It hangs: what its processes are doing is being written to the log, until the deadline."""
+
+    deadline_s: float
+    purpose: Purpose
+
+
+@dataclass(frozen=True, slots=True)
 class Leaving:
     """The worker has its receipt; the processes may end by themselves until the deadline."""
 
@@ -448,7 +498,7 @@ class Ended:
     code: int
 
 
-Phase = Pausing | Unattached | Attached | Flushing | Leaving | Ending | Saving | Ended
+Phase = Pausing | Unattached | Attached | Flushing | Inspecting | Leaving | Ending | Saving | Ended
 PHASES: Final[tuple[type, ...]] = Phase.__args__
 
 
@@ -510,6 +560,7 @@ class State:
             said so, and the command's exit status is not its own (a shell may hide its death).
         keeps: whether a snapshot is kept in memory when it is durable.
         granted_s: the grace of the stop under way where the host knows it; None: the policy's.
+        write_s: how long the newest write took; 0: there was none.
     """
 
     policy: Policy
@@ -529,6 +580,7 @@ class State:
     unfinished: bool = False
     keeps: bool = True
     granted_s: float | None = None
+    write_s: float = 0.0
 
 
 Turn = tuple[State, list[Action]]
@@ -563,7 +615,7 @@ def deadline(state: State) -> float | None:
         return None if math.isinf(due_s) else due_s
     if isinstance(phase, Ended):
         return None
-    return phase.deadline_s
+    return _waits_until_s(state, phase) if isinstance(phase, Flushing) else phase.deadline_s
 
 
 def step(state: State, fact: Fact, now_s: float) -> Turn:
@@ -638,14 +690,14 @@ def _book(state: State, fact: Published) -> Turn:
         failures=0,
     )
     actions: list[Action] = [
-        Note("durable", {"step": fact.step}),
+        Note("durable", {"step": fact.step, "seconds": round(fact.took_s, 3)}),
         Receipt(fact.generation, None),
         *([] if kept else [Forget(fact.generation)]),
         *_tell_asker(state, ok=True),
     ]
     if failed_before:
         actions.append(Say(f"durable again, at step {fact.step}"))
-    state = replace(state, asked=False)
+    state = replace(state, asked=False, write_s=fact.took_s)
     state, more = _publish_due(state)
     return state, actions + more
 
@@ -796,20 +848,32 @@ def _over(state: State, code: int, event: str, text: str) -> Turn:
 
 def _died(state: State, fact: Exited, now_s: float) -> Turn:
     """The command ended and nobody had asked it to."""
-    note = Note("exited", {"code": fact.code, "step": fact.step})
+    note = _exit_note(fact)
     if fact.code == 0 and state.refused is None and not state.unfinished:
         state, actions = _end_tree(state, Purpose(Why.FINISHED, "finished"), now_s)
         return state, [note, *actions]
     if state.refused is not None:
         state, actions = _end_tree(state, Purpose(Why.REFUSED, state.refused), now_s)
         return state, [note, *actions]
-    at = max(fact.step, state.failed_step or 0)
-    failures = policies.failures_in_a_row(state.failures, at, state.failed_step)
     text = policies.described(fact.code)
     if fact.code == 0:
         text = "exit status 0, although its worker had not finished,"
-    crash = fact.step, text
-    state = replace(
+    state = _count_failure(state, fact.step, text)
+    text += f" ({fact.cause})" if fact.cause else ""
+    state, actions = _end_tree(state, Purpose(Why.FAILED, text), now_s)
+    return state, [note, *actions]
+
+
+def _exit_note(fact: Exited) -> Note:
+    cause = {"cause": fact.cause} if fact.cause else {}
+    return Note("exited", {"code": fact.code, "step": fact.step, **cause})
+
+
+def _count_failure(state: State, step: int, kind: str) -> State:
+    at = max(step, state.failed_step or 0)
+    failures = policies.failures_in_a_row(state.failures, at, state.failed_step)
+    crash = step, kind
+    return replace(
         state,
         failures=failures,
         failed_step=at,
@@ -817,8 +881,6 @@ def _died(state: State, fact: Exited, now_s: float) -> Turn:
         crashes=state.crashes + 1 if crash == state.crash else 1,
         doubted=state.doubted and failures > 1,
     )
-    state, actions = _end_tree(state, Purpose(Why.FAILED, text), now_s)
-    return state, [note, *actions]
 
 
 # ------------------------------------------------------------------ answers: starting
@@ -913,7 +975,7 @@ def _exited_unattached(state: State, phase: Unattached, fact: Exited, now_s: flo
         return _died(state, fact, now_s)
     purpose = Purpose(Why.STOPPED, phase.stop, _stop_code(state, fact.code))
     state, actions = _end_tree(state, purpose, now_s)
-    return state, [Note("exited", {"code": fact.code, "step": fact.step}), *actions]
+    return state, [_exit_note(fact), *actions]
 
 
 def _stop_code(state: State, code: int) -> int:
@@ -1043,6 +1105,46 @@ def _said_bye(state: State, phase: Phase, fact: WorkerSaidBye, now_s: float) -> 
     return replace(state, unfinished=not fact.finished), []
 
 
+# ------------------------------------------------------------------ answers: it hangs
+
+
+def _stalled(state: State, phase: Attached, fact: Stalled, now_s: float) -> Turn:
+    """First what everybody is doing, while they still do it; then it is a failure as any other."""
+    text = f"a hang (no progress for {policies.duration(fact.seconds)})"
+    state = _count_failure(state, fact.step, "a hang")
+    inspecting = Inspecting(now_s + policies.INSPECT_S, Purpose(Why.FAILED, text))
+    said = (
+        f"no progress for {policies.duration(fact.seconds)} at step {fact.step}: the job hangs. "
+        "What its processes are doing is written to the log; then they are killed"
+    )
+    return replace(state, phase=inspecting), [_hang_note(fact), Say(said), Inspect()]
+
+
+def _hang_note(fact: Stalled) -> Note:
+    return Note("hang", {"step": fact.step, "seconds": round(fact.seconds, 1)})
+
+
+def _inspected(state: State, phase: Inspecting, fact: Inspected, now_s: float) -> Turn:
+    return _end_tree(state, phase.purpose, now_s)
+
+
+def _exited_inspecting(state: State, phase: Inspecting, fact: Exited, now_s: float) -> Turn:
+    """It may have come to its end after all; what ended it otherwise is the hang."""
+    if fact.code == 0 and state.refused is None and not state.unfinished:
+        return _died(state, fact, now_s)
+    state, actions = _end_tree(state, phase.purpose, now_s)
+    return state, [_exit_note(fact), *actions]
+
+
+def _stop_inspecting(state: State, phase: Inspecting, fact: Fact, now_s: float) -> Turn:
+    stop = _stop_name(fact)
+    return (state, []) if stop is None else _end_tree(state, Purpose(Why.STOPPED, stop), now_s)
+
+
+def _tick_inspecting(state: State, phase: Inspecting, fact: Ticked, now_s: float) -> Turn:
+    return _end_tree(state, phase.purpose, now_s) if now_s >= phase.deadline_s else (state, [])
+
+
 # ------------------------------------------------------------------ answers: it is to leave
 
 
@@ -1100,18 +1202,36 @@ def _signal_flushing(state: State, phase: Flushing, fact: Signalled, now_s: floa
     ]
 
 
+def _waits_until_s(state: State, phase: Flushing) -> float:
+    """Until when to wait for a safe point: what is held in memory must still become durable."""
+    held = state.ledger.held
+    lost = phase.answer is None and held is not None and not held.durable
+    return phase.deadline_s - policies.WRITE_MARGIN * state.write_s if lost else phase.deadline_s
+
+
 def _tick_flushing(state: State, phase: Flushing, fact: Ticked, now_s: float) -> Turn:
-    if now_s < phase.deadline_s:
+    if now_s < _waits_until_s(state, phase):
         return state, []
-    state, actions = _end_tree(state, Purpose(Why.STOPPED, phase.stop), now_s)
-    said = f"no safe point was reached within the grace of {_grace_s(state):g} s"
+    grace_s, held = _grace_s(state), state.ledger.held
+    said = f"no safe point was reached within the grace of {grace_s:g} s"
     if phase.answer is not None:
-        said = f"the checkpoint is not written yet after {_grace_s(state):g} s"
+        said = f"the checkpoint is not written yet after {grace_s:g} s"
+    elif held is not None and not held.durable:
+        said += (
+            f", less {state.write_s:.2g} s that a checkpoint takes: the state of step {held.step}, "
+            f"in memory, is made durable instead; it costs {max(0, fact.step - held.step)} steps"
+        )
+    state, actions = _end_tree(state, Purpose(Why.STOPPED, phase.stop), now_s)
     return state, [Say(said), *actions]
 
 
+def _stalled_flushing(state: State, phase: Flushing, fact: Stalled, now_s: float) -> Turn:
+    state, actions = _end_tree(state, Purpose(Why.STOPPED, phase.stop), now_s)
+    return state, [_hang_note(fact), Say("no safe point will come: the job hangs"), *actions]
+
+
 def _exited_flushing(state: State, phase: Flushing, fact: Exited, now_s: float) -> Turn:
-    note = Note("exited", {"code": fact.code, "step": fact.step})
+    note = _exit_note(fact)
     finished = fact.code == 0 and not state.unfinished and state.refused is None
     if finished and phase.answer is None:
         purpose = Purpose(Why.FINISHED, "finished")  # it came to its end before a safe point
@@ -1123,7 +1243,7 @@ def _exited_flushing(state: State, phase: Flushing, fact: Exited, now_s: float) 
 
 def _exited_leaving(state: State, phase: Leaving, fact: Exited, now_s: float) -> Turn:
     state, actions = _end_tree(state, phase.purpose, now_s)
-    return state, [Note("exited", {"code": fact.code, "step": fact.step}), *actions]
+    return state, [_exit_note(fact), *actions]
 
 
 def _tick_leaving(state: State, phase: Leaving, fact: Ticked, now_s: float) -> Turn:
@@ -1186,7 +1306,7 @@ def _published_ending(state: State, phase: Ending, fact: Published, now_s: float
 
 def _publish_failed_ending(
     state: State,
-    phase: Ending | Leaving,
+    phase: Inspecting | Leaving | Ending,
     fact: PublishFailed,
     now_s: float,
 ) -> Turn:
@@ -1269,6 +1389,7 @@ _NOT_SPAWNED: Final = _ignored("nothing was ordered to be started in this phase"
 _NO_WRITE: Final = _ignored("nothing is being written in this phase")
 _LEFT: Final = _ignored("the processes are being ended; their last words change nothing")
 _RUNS: Final = _ignored("the tree is asked about only after a kill")
+_NO_WORKER: Final = _ignored("no worker is attached whose progress could be missed")
 _OVER: Final = _ignored("it is over")
 _NO_GRACE: Final = _ignored("no worker is being waited for: there is no grace to limit")
 _NO_DEADLINE: Final = _ignored("its deadline is kept: a second request does not shorten it")
@@ -1299,6 +1420,8 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
         _fenced(state, fact, now_s) if fact.fenced else _book_failure(state, fact)
     ),
     (Unattached, Exited): _exited_unattached,
+    (Unattached, Stalled): _NO_WORKER,
+    (Unattached, Inspected): _LATE,
     (Unattached, TreeGone): _RUNS,
     (Unattached, Signalled): _signal_unattached,
     (Unattached, CheckpointAsked): _checkpoint_while_idle,
@@ -1318,6 +1441,8 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Attached, Published): _published,
     (Attached, PublishFailed): _publish_failed,
     (Attached, Exited): _exited_attached,
+    (Attached, Stalled): _stalled,
+    (Attached, Inspected): _LATE,
     (Attached, TreeGone): _RUNS,
     (Attached, Signalled): _signal_attached,
     (Attached, CheckpointAsked): _checkpoint_attached,
@@ -1337,11 +1462,27 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Flushing, Published): _published_flushing,
     (Flushing, PublishFailed): _publish_failed_flushing,
     (Flushing, Exited): _exited_flushing,
+    (Flushing, Stalled): _stalled_flushing,
+    (Flushing, Inspected): _LATE,
     (Flushing, TreeGone): _RUNS,
     (Flushing, Signalled): _signal_flushing,
     (Flushing, CheckpointAsked): lambda state, *_: (replace(state, asked=True), []),
     (Flushing, StopAsked): _NO_DEADLINE,
     (Flushing, Ticked): _tick_flushing,
+    # -------- it hangs
+    **{(Inspecting, fact): _LATE for fact in FACTS},
+    (Inspecting, SnapshotCame): _snapshot,
+    (Inspecting, Stood): lambda state, _, fact, __: _stand(state, fact),
+    (Inspecting, WorkerRefused): _refused,
+    (Inspecting, WorkerSaidBye): _said_bye,
+    (Inspecting, Published): lambda state, _, fact, __: _book(state, fact),
+    (Inspecting, PublishFailed): _publish_failed_ending,
+    (Inspecting, Exited): _exited_inspecting,
+    (Inspecting, Inspected): _inspected,
+    (Inspecting, Signalled): _stop_inspecting,
+    (Inspecting, StopAsked): _stop_inspecting,
+    (Inspecting, CheckpointAsked): _checkpoint_while_idle,
+    (Inspecting, Ticked): _tick_inspecting,
     # -------- it has its receipt
     **{(Leaving, fact): _LEFT for fact in FACTS},
     (Leaving, SnapshotCame): _ignored("the receipt was given for an older one, which stands"),

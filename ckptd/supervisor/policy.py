@@ -45,6 +45,10 @@ HOLD_S_MIN: Final = 1.0
 SUSPECT_AFTER: Final = 3
 #: A write that takes longer is said to hang, in seconds.
 SLOW_WRITE_S: Final = 60.0
+#: How many times the measured duration of a write is kept free for one before a deadline.
+WRITE_MARGIN: Final = 2.0
+#: How long writing down what a job that hangs is doing may take, in seconds.
+INSPECT_S: Final = 20.0
 #: How fast a first snapshot is assumed to fill memory that no one has used yet, in bytes a second.
 FILL_RATE: Final = 1e9
 
@@ -63,6 +67,7 @@ class Policy(msgspec.Struct, frozen=True):
         backoff_s: the pause before the first relaunch; doubled for each further one.
         backoff_s_max: its limit.
         kill_s: how long killed processes may take to be gone.
+        hang_after_s: without progress for so long, a job hangs; infinite: never; None: learned.
         flush_signal: what is sent to a command that never attaches, to have it save and leave;
             None: the signal that came.
     """
@@ -78,6 +83,7 @@ class Policy(msgspec.Struct, frozen=True):
     kill_s: float = 10.0
     flush_signal: int | None = None
     grace_given: bool = False
+    hang_after_s: float | None = None
 
     def hold_every_s(self, cost_s: float) -> float:
         """How long to train between two snapshots into memory, in seconds.
@@ -139,16 +145,17 @@ def at_stake(
     needs_s = None if flush_s is None else flush_s + (step_s or 0.0)
     fits = needs_s is None or needs_s <= grace_s
     words = [
-        "SIGTERM: 0 steps" if fits else f"SIGTERM: ≤ {_duration(crash_s)}",
-        f"crash: ≤ {_duration(crash_s)}",
-        f"power cut: ≤ {_duration(power_s)}",
+        "SIGTERM: 0 steps" if fits else f"SIGTERM: ≤ {duration(crash_s)}",
+        f"crash: ≤ {duration(crash_s)}",
+        f"power cut: ≤ {duration(power_s)}",
     ]
     if needs_s is not None:
-        words.append(f"a flush needs {_duration(needs_s)}, the grace is {grace_s:g} s")
+        words.append(f"a flush needs {duration(needs_s)}, the grace is {grace_s:g} s")
     return "; ".join(words)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A duration for a person: "0.8 s", "12 s", "4 min", "2.2 h"."""
     if seconds < 120:  # two minutes are still easy to read in seconds
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = seconds / 60

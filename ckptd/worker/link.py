@@ -13,6 +13,7 @@ Rules:
 
 from __future__ import annotations
 
+import faulthandler
 import mmap
 import os
 import signal
@@ -25,7 +26,7 @@ from typing import Final
 
 from ckptd import wire
 from ckptd.errors import CkptdError, ProtocolError, UsageError
-from ckptd.host import sockets
+from ckptd.host import sockets, stacks
 from ckptd.worker.arena import Arenas
 
 _FORWARDED: Final = (
@@ -35,6 +36,7 @@ _FORWARDED: Final = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
+_STDERR: Final = 2
 _ORPHANED: Final = wire.request_word(2**60, wire.Request.ORPHANED)
 
 
@@ -107,6 +109,10 @@ class Link:
         for number in _FORWARDED:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, self._notice)
+
+        if signal.getsignal(stacks.SIGNAL) is signal.SIG_DFL:
+            # For a supervisor that finds that this process hangs; loader workers inherit it.
+            faulthandler.register(stacks.SIGNAL, file=_STDERR, all_threads=True)
 
     def drain_output(self) -> None:
         """Bring what is still in the output pipe into the log (when the supervisor is gone)."""

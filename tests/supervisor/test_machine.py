@@ -32,6 +32,7 @@ PHASES = (
     m.Attached(NOW + 300, NOW + 5),
     m.Flushing(NOW + 30, "SIGTERM", 1, 0),
     m.Flushing(NOW + 30, "SIGINT", 1, 2, answer=1),
+    m.Inspecting(NOW + 20, FAILED),
     m.Leaving(NOW + 30, STOPPED),
     m.Ending(NOW + 10, FAILED),
     m.Saving(NOW + 30, FAILED),
@@ -53,6 +54,9 @@ FACTS = (
     m.PublishFailed(1, "a newer attempt", True),
     m.Exited(1, 10),
     m.Exited(0, 10),
+    m.Exited(-9, 10, "out of memory"),
+    m.Stalled(1800.0, 10),
+    m.Inspected(),
     m.TreeGone(),
     *(m.Signalled(number) for number in (m.HUP, m.INT, m.USR1, m.USR2, m.TERM)),
     m.HostLimited(4.0),
@@ -187,6 +191,29 @@ def test_the_grace_ends_before_a_safe_point() -> None:
     assert ended(after(state, m.Published(1, 40))[1]) == [Exit.INTERRUPTED]
 
 
+def test_a_write_is_begun_in_time_for_the_deadline() -> None:
+    """The newest state in memory gets twice the time that a write takes, whatever is waited for."""
+    first = m.Signalled(m.USR2), m.SnapshotCame(1, 30, 2), m.Published(1, 30, 4.0)
+    state, _ = after(at(m.Attached(NOW + 300)), *first)
+    state, _ = after(state, m.SnapshotCame(2, 40, 0), m.Signalled(m.TERM))
+    assert m.deadline(state) == NOW + 30 - 2 * 4.0
+    state, actions = m.step(state, m.Ticked(55), NOW + 22)
+    (said,) = [action.text for action in actions if isinstance(action, m.Say)]
+    assert "the state of step 40" in said
+    assert "costs 15 steps" in said
+    assert m.Publish(2) in m.step(state, m.TreeGone(), NOW + 22)[1]
+
+
+def test_a_safe_point_is_waited_for_where_nothing_is_held() -> None:
+    """What is durable already needs no time of its own, and an answer is written to its end."""
+    first = m.Signalled(m.USR2), m.SnapshotCame(1, 30, 2), m.Published(1, 30, 4.0)
+    state, _ = after(at(m.Attached(NOW + 300)), *first)
+    durable, _ = after(state, m.Signalled(m.TERM))
+    assert m.deadline(durable) == NOW + 30
+    answered, _ = after(durable, m.SnapshotCame(2, 40, 3))
+    assert m.deadline(answered) == NOW + 30
+
+
 def test_what_cannot_be_made_durable_at_a_stop() -> None:
     """One more try without the worker, then 74; the message names the checkpoint that stands."""
     failed = m.PublishFailed(1, "disk full", False)
@@ -271,6 +298,54 @@ def test_what_was_in_memory_is_saved_before_a_restart() -> None:
     assert isinstance(state.phase, m.Saving)
     state, actions = after(state, m.Published(2, 60))
     assert isinstance(state.phase, m.Pausing)
+
+
+def test_a_hang() -> None:
+    """What everybody does is written down first; then it is killed, saved and started again."""
+    state, _ = after(at(m.Attached(NOW + 300)), m.SnapshotCame(1, 40, 0))
+    state, actions = after(state, m.Stalled(1800.0, 45))
+    assert m.Inspect() in actions
+    assert m.KillTree() not in actions
+    assert "no progress for 30 min at step 45" in str(actions)
+    state, actions = after(state, m.Inspected())
+    assert actions == [m.KillTree()]
+    state, actions = after(state, m.TreeGone())
+    assert actions == [m.Publish(1)]
+    state, _ = after(state, m.Published(1, 40))
+    assert isinstance(state.phase, m.Pausing)
+    assert (state.failures, state.failed_step) == (1, 45)
+
+
+def test_a_hang_that_cannot_be_looked_into() -> None:
+    """Whatever the look takes, the job is killed at its deadline."""
+    state, _ = after(at(m.Attached(NOW + 300)), m.Stalled(1800.0, 45))
+    due_s = m.deadline(state)
+    assert due_s is not None
+    assert m.KillTree() in m.step(state, m.Ticked(45), due_s)[1]
+
+
+def test_a_hang_that_ends_by_itself() -> None:
+    """A script that comes to its end after all has finished."""
+    state, _ = after(at(m.Attached(NOW + 300)), m.Stalled(1800.0, 45), m.Exited(0, 50))
+    assert ended(after(state, m.TreeGone())[1]) == [Exit.FINISHED]
+
+
+def test_a_stop_of_a_job_that_hangs() -> None:
+    """No safe point will come: it is not waited for, what is in memory is saved, 75."""
+    state, _ = after(at(m.Attached(NOW + 300)), m.SnapshotCame(1, 40, 0))
+    asked_first = m.Signalled(m.TERM), m.Stalled(1800.0, 45)
+    for facts in (asked_first, asked_first[::-1]):
+        stopped, actions = after(state, *facts)
+        assert m.KillTree() in actions
+        stopped, actions = after(stopped, m.TreeGone(), m.Published(1, 40))
+        assert ended(actions) == [Exit.INTERRUPTED]
+
+
+def test_why_it_was_killed_is_said() -> None:
+    """What is known of a death besides its signal is in the journal and in what is said."""
+    state, first = after(at(m.Attached(NOW + 300)), m.Exited(-9, 5, "out of memory"))
+    assert first[0] == m.Note("exited", {"code": -9, "step": 5, "cause": "out of memory"})
+    assert "signal 9 (SIGKILL) (out of memory) at step 5" in str(after(state, m.TreeGone())[1])
 
 
 def test_a_refusal_is_given_up_on_at_once() -> None:

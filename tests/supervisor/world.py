@@ -175,6 +175,10 @@ class World:
                     self.lost = max(self.lost, step)
             case m.Receipt(generation, why):
                 self.receipt(generation, why)
+            case m.Inspect():
+                assert self.child is not None, "nobody to look at"
+                if self.dice.random() < 0.8:
+                    self.soon(self.inspected, 30.0)
             case m.KillTree():
                 if self.child is not None:
                     self.child.alive, self.child.killed = False, True
@@ -189,6 +193,7 @@ class World:
             assert memory in self.held, "restored from what was let go of"
             self.lives_at = self.held[memory]
         newest = max(self.durable, *self.held.values(), 0)
+        assert self.lost <= newest, f"step {self.lost} was let go of, {newest} is the newest"
         if older:
             assert newest == self.durable, "a state in memory is newer than what is doubted"
             newest = self.lives_at = sorted(self.published.values())[-2]
@@ -242,7 +247,9 @@ class World:
             self.exits(child, self.dice.choice([-9, -11, 1, 3]))
             return
         if luck < 0.04:
-            return  # it hangs: only a stop ends it
+            if self.dice.random() < 0.5:
+                self.soon(lambda: self.stalls(child), 30.0)
+            return  # it hangs, noticed or not
         if luck < 0.06 and child.attached:
             self.tell(m.MemoryShort())
             assert self.state.ledger.held is None or not self.state.ledger.held.durable
@@ -254,6 +261,14 @@ class World:
             self.safe_point(child)
         if child.alive and not child.leaving:
             self.soon(lambda: self.live(child), 2.0)
+
+    def stalls(self, child: Child) -> None:
+        if child is self.child and child.alive and child.attached:
+            self.tell(m.Stalled(10.0, child.step))
+
+    def inspected(self) -> None:
+        if self.child is not None:
+            self.tell(m.Inspected())
 
     def safe_point(self, child: Child) -> None:
         if child.asked is not None and child.asked[0] > child.answered:
@@ -299,7 +314,7 @@ class World:
             step = self.held[generation]
             self.durable = max(self.durable, step)
             self.published[generation] = step
-            self.tell(m.Published(generation, step))
+            self.tell(m.Published(generation, step, self.dice.choice([0.1, 2.0])))
         else:
             self.tell(m.PublishFailed(generation, "disk full", luck > 0.98))
 

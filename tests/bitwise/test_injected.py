@@ -1,0 +1,124 @@
+"""What can befall a training process: recovered from, no process survives, the bits are right."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import BOUND_S, SCRIPTS, Workshop
+
+SCRIPT = str(SCRIPTS / "injected.py")
+MEMORY = Path("/sys/fs/cgroup/memory")
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the script gives without ckptd, and without a fault."""
+    workshop = Workshop(tmp_path_factory.mktemp("plain"))
+    workshop.plain(sys.executable, SCRIPT, "none", str(workshop.path / "result"))
+    return (workshop.path / "result").read_text()
+
+
+def run(workshop: Workshop, expected: str, fault: str, *options: str, before: str = "") -> str:
+    """Launch the script; what the supervisor said. It must finish with the plain script's bits."""
+    result = workshop.path / "result"
+    command = [*workshop.command(*options), sys.executable, SCRIPT, fault, str(result)]
+    launched = subprocess.run(
+        ["sh", "-c", f'{before} exec "$@"', "sh", *command],
+        cwd=workshop.path,
+        env=workshop.environment(),
+        capture_output=True,
+        text=True,
+        timeout=BOUND_S,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert (workshop.path / "happened").exists(), "it never happened"
+    assert result.read_text() == expected
+    found = psutil.process_iter(["cmdline"])
+    left = [process for process in found if SCRIPT in (process.info["cmdline"] or [])]
+    assert not left, f"{left} are left"
+    return launched.stderr
+
+
+def ends(workshop: Workshop) -> list[dict[str, object]]:
+    return [e for e in workshop.journal() if e["event"] in ("exited", "hang")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [("segfault", -11), ("abort", -6), ("exception", 1), ("exit", 3), ("fork bomb", -9)],
+)
+def test_death(workshop: Workshop, expected: str, fault: str, code: int) -> None:
+    run(workshop, expected, fault)
+    assert [event.get("code") for event in ends(workshop)] == [code, 0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [
+        ("deadlock", "in deadlock"),
+        ("deadlock with the interpreter's lock", "in deadlock_with_interpreter"),
+        ("ignores everything", "the job hangs"),
+    ],
+)
+def test_hang(workshop: Workshop, expected: str, fault: str, where: str) -> None:
+    """Killed and started again; the log says where it hung, as far as anybody can tell."""
+    said = run(workshop, expected, fault, "--hang-after", "3")
+    assert "the job hangs" in said
+    assert ends(workshop)[0]["event"] == "hang"
+    log = (workshop.path / "runs/job/log").read_text()
+    assert where in said + log
+    assert "[ckptd] process" in log
+
+
+def test_stopped_is_no_hang(workshop: Workshop, expected: str) -> None:
+    """A stopped process is left alone, however long, and goes on as if nothing had been."""
+    result = workshop.path / "result"
+    command = [*workshop.command("--hang-after", "1"), sys.executable, SCRIPT, "stopped"]
+    launched = subprocess.Popen(
+        [*command, str(result)],
+        cwd=workshop.path,
+        env=workshop.environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert launched.stderr is not None
+    line = next(line for line in launched.stderr if "was stopped" in line)
+    os.kill(int(line.split("process ")[1].split()[0]), signal.SIGCONT)
+    assert launched.wait(BOUND_S) == 0
+    launched.stderr.close()
+    assert [event["event"] for event in ends(workshop)] == ["exited"]
+    assert result.read_text() == expected
+
+
+@contextmanager
+def limited(length: int) -> Iterator[Path]:
+    """A control group that may use so many bytes."""
+    group = MEMORY / f"ckptd-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(length))
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def test_out_of_memory(workshop: Workshop, expected: str) -> None:
+    """The kernel kills it at its group's limit: that is said, with the limit."""
+    with limited(1 << 30) as group:
+        said = run(workshop, expected, "out of memory", before=f"echo $$ > {group}/cgroup.procs;")
+    assert "SIGKILL" in said
+    assert "the kernel killed a process of its control group, which may use 1024 MiB" in said
+    assert "out of memory" in str(ends(workshop)[0]["cause"])
