@@ -14,6 +14,12 @@ SCRIPTS = Path(__file__).parent / "scripts"
 BOUND_S = 240
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is launched in tests is no job of this user that goes on after a reboot."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @dataclass
 class Workshop:
     """A directory for one job, and the commands to run it."""

@@ -34,7 +34,12 @@ PURE = (
         "store/image.py",
         "store/retention.py",
     ),
-    *("supervisor/policy.py", "supervisor/machine.py"),
+    *(
+        "supervisor/policy.py",
+        "supervisor/machine.py",
+        "supervisor/rhythm.py",
+        "supervisor/history.py",
+    ),
 )
 IMPURE_MODULES = {"os", "time", "signal", "subprocess", "threading", "random"}
 HEAVY_MODULES = {"torch", "numpy", "safetensors"}

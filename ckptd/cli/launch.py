@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from ckptd import __version__
 from ckptd.cli import options
-from ckptd.errors import UsageError
+from ckptd.errors import CkptdError, UsageError
 from ckptd.host import children
 from ckptd.host import host as hosts
 from ckptd.host.clock import RealClock
-from ckptd.supervisor import journal, requeues
+from ckptd.supervisor import journal, registry, requeues
 from ckptd.supervisor import run as runs
 from ckptd.supervisor.loop import Loop
-from ckptd.supervisor.policy import Policy
+from ckptd.supervisor.policy import Exit, Policy
+from ckptd.supervisor.registry import Registry
 from ckptd.supervisor.run import JobFile, Run
 from ckptd.supervisor.terminal import Terminal
 
 _DEFAULTS = Policy()
+_FOR_THIS_START: Final = ("name", "directory", "fresh", "accept_changes", "detach")
+_STARTS_WITHIN_S: Final = 60.0
+_POLL_S: Final = 0.05
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -78,6 +86,14 @@ _DEFAULTS = Policy()
     help="Failures without progress between them before giving up.",
 )
 @click.option(
+    "--hang-after",
+    "hang_after_s",
+    type=click.FloatRange(min=0.0),
+    help="Seconds without progress after which the job is taken to hang: its stacks are logged, it "
+    "is killed and started again. 0: never.  [default: twenty times the longest that it took, at "
+    "least 1800]",
+)
+@click.option(
     "--host",
     "host_name",
     type=click.Choice(hosts.NAMES),
@@ -93,6 +109,18 @@ _DEFAULTS = Policy()
     show_default=True,
     help="Interruptions without progress between them before the job is not put back into the "
     "queue any more.",
+)
+@click.option(
+    "--detach",
+    is_flag=True,
+    help="Start it in the background: under this user's service if that runs (`ckptd "
+    "install-service`), else by itself.",
+)
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Whether it goes on after a reboot, where this user's service runs.",
 )
 @click.option("--fresh", is_flag=True, help="Start over; the old run is renamed and kept.")
 @click.option(
@@ -116,10 +144,13 @@ def command(
     directory: Path,
     flush_signal: str | None,
     grace_s: float | None,
+    hang_after_s: float | None,
     host_name: str,
     requeues_max: int,
     *,
+    detach: bool,
     fresh: bool,
+    resume: bool,
     accept_changes: bool,
     fixed_addresses: bool,
     memory_tier: str,
@@ -141,6 +172,7 @@ def command(
         overhead=overhead_percent / 100,
         grace_s=grace_s or _DEFAULTS.grace_s,
         grace_given=grace_s is not None,
+        hang_after_s=hang_after_s if hang_after_s != 0 else math.inf,
         backoff_s=backoff_s,
         flush_signal=_signal_number(flush_signal),
         memory_tier=memory_tier == "auto",
@@ -168,11 +200,20 @@ def command(
     if job is not None and job.fixed_addresses:
         _fix_addresses()
     if _finished(run):
+        Registry(os.environ).remove(run)
         terminal.say(f"the run {run.path.name!r} has finished; start over with --fresh")
         return 0
+    jobs = Registry(os.environ)
+    if resume and not host.returns:
+        _register(jobs, run, terminal)
+    if detach:
+        os.close(lock)
+        return _detach(jobs, run)
     loop = Loop(run, policy, lock, RealClock(), terminal, host)
     code = loop.run()
     os.close(lock)
+    if code in (Exit.FINISHED, Exit.GAVE_UP) or loop.stopped_by_owner:
+        jobs.remove(run)
     return requeues.settle(
         run,
         host,
@@ -182,6 +223,69 @@ def command(
         requeues_max=requeues_max,
         say=terminal.say,
     )
+
+
+def _register(jobs: Registry, run: Run, terminal: Terminal) -> None:
+    """From now on it goes on after a reboot; where that can't be promised, it runs all the same."""
+    try:
+        jobs.add(run, _options_given(), os.environ)
+    except OSError as error:
+        terminal.say(
+            f"after a reboot this run must be started by hand, {jobs.path} can't be written: "
+            f"{error.strerror}"
+        )
+
+
+def _options_given() -> list[str]:
+    """The options of this command line that are for every start of the run, as words."""
+    context, words = click.get_current_context(), []
+    for option in context.command.params:
+        name = option.name or ""
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if isinstance(option, click.Option) and given and name not in _FOR_THIS_START:
+            value = context.params[name]
+            name = option.opts[0] if value else (option.secondary_opts or option.opts)[0]
+            words += [name] if option.is_flag else [option.opts[0], str(value)]
+    return words
+
+
+def _detach(jobs: Registry, run: Run) -> int:
+    """Have the service start the run, or a process of its own; wait until it runs."""
+    name, service = run.path.name, jobs.service()
+    said = run.path / "supervisor.log"
+    process = None
+    if service is not None:
+        os.kill(service.pid, signal.SIGHUP)
+    else:
+        argv, cwd, environment = registry.command_for(run)
+        with said.open("wb") as messages:
+            process = subprocess.Popen(
+                argv,
+                cwd=cwd,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=messages,
+                start_new_session=True,
+            )
+    until_s = time.monotonic() + _STARTS_WITHIN_S
+    while (holder := run.supervisor()) is None or not (holder.alive() and holder.child):
+        if process is not None and process.poll() is not None:
+            text = said.read_text(encoding="utf-8", errors="replace").strip()
+            click.echo(text, err=True)
+            return process.returncode
+        if time.monotonic() > until_s:
+            raise CkptdError(
+                f"{name!r} does not run after {_STARTS_WITHIN_S:g} s; look at "
+                + (f"{said}" if service is None else f"what process {service.pid} says")
+            )
+        time.sleep(_POLL_S)
+    under = "" if service is None else f", kept by process {service.pid}"
+    click.echo(
+        f"the run {name!r} is in the background (process {holder.pid}{under})\n"
+        f"its output: ckptd logs -f {name}   how far: ckptd status {name}   end: ckptd stop {name}"
+    )
+    return 0
 
 
 def _record(run: Run, now: JobFile, *, accept_changes: bool) -> None:

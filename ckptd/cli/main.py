@@ -14,7 +14,10 @@ from ckptd.errors import CkptdError, NotDurableError, UsageError
 #: In the order in which a user meets them; each is a file beside this one.
 _COMMANDS: Final = {
     "launch": "Start a command, and start it again until it has finished.",
+    "resume": "Start a run again, or all of this user's that are to go on.",
+    "install-service": "Have a machine go on with this user's jobs after a reboot.",
     "status": "What runs, how far it is, and what is durable.",
+    "history": "A run's life: attempts, why each ended, what was lost, and the goodput.",
     "logs": "A run's output over all attempts.",
     "checkpoint": "Have a running job make a checkpoint now.",
     "stop": "Have a running job save itself and leave.",

@@ -103,7 +103,7 @@ class DrilledRun:
         # No requests but those of the strikes; and an interruption of a drill must not put the job
         # into the queue in which it is drilled.
         alone = ("--every", "1e9", "--overhead", "0", "--host", "none")
-        settings = ("--name", "drill", *alone, "--max-restarts", "2", *self._options)
+        settings = ("--name", "drill", *alone, "--max-restarts", "2", "--no-resume", *self._options)
         environment = {
             **os.environ,
             record.ENV_DRILL: str(self.place),

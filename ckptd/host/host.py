@@ -23,12 +23,16 @@ class Host(Protocol):
 
     Attributes:
         restarts: whether somebody starts the job again after `again`.
+        returns: whether the job comes back by itself when the machine was lost or rebooted.
         job: what the host calls the job, the same over all its restarts; None: it has no name.
         restart: how often the host has started this job before.
     """
 
     @property
     def restarts(self) -> bool: ...
+
+    @property
+    def returns(self) -> bool: ...
 
     @property
     def job(self) -> str | None: ...
@@ -68,6 +72,7 @@ class Plain:
     """A machine without anything: the user starts the job again. Other hosts add what they know."""
 
     restarts = False
+    returns = False
     job: str | None = None
     restart = 0
 

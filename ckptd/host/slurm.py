@@ -49,6 +49,7 @@ class Slurm(Plain):
     """
 
     restarts = True
+    returns = True
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._id = job_id(environment)

@@ -32,6 +32,8 @@ class Systemd(Plain):
         environment: with NOTIFY_SOCKET.
     """
 
+    returns = True
+
     def __init__(self, environment: Mapping[str, str]) -> None:
         address = environment[SOCKET_VARIABLE]
         self._address = "\0" + address[1:] if address.startswith("@") else address

@@ -41,7 +41,7 @@ def settle(
     if code != Exit.INTERRUPTED or not host.restarts:
         return code
     if by_owner:
-        say("stopped by `ckptd stop`: the job is not put back into the queue")
+        say("stopped by its owner: the job is not put back into the queue")
         return code
     before = run.requeues()
     fruitless = 0 if progressed else before + 1

@@ -2,6 +2,7 @@
 
 ckptd-runs/NAME/
   job.json          what to run: argv, working directory, environment that decides about bits
+  launch.json       how it was started last (`registry`)
   lock              held by the supervisor and inherited by the worker: no second copy, ever
   supervisor.json   who holds it: process, start time, host, socket
   requeues.json     how often it was interrupted in a row without getting anywhere
@@ -133,15 +134,15 @@ class Run:
 
     def job(self) -> JobFile | None:
         """What to run; None before the first launch."""
-        return _load(self.path / "job.json", JobFile)
+        return load(self.path / "job.json", JobFile)
 
     def supervisor(self) -> SupervisorFile | None:
         """Who runs it, or ran it last without ending in order."""
-        return _load(self.path / "supervisor.json", SupervisorFile)
+        return load(self.path / "supervisor.json", SupervisorFile)
 
     def requeues(self) -> int:
         """How often it was interrupted in a row before a new step became durable."""
-        found = _load(self.path / "requeues.json", RequeuesFile)
+        found = load(self.path / "requeues.json", RequeuesFile)
         return 0 if found is None else found.without_progress
 
     def write(self, content: JobFile | SupervisorFile | RequeuesFile) -> None:
@@ -408,7 +409,12 @@ def _try_lock(descriptor: int) -> bool:
     return filelock.lock_descriptor(descriptor, blocking=False)
 
 
-def _load(path: Path, kind: type[S]) -> S | None:
+def load(path: Path, kind: type[S]) -> S | None:
+    """A file's content; None: there is no such file.
+
+    Raises:
+        CkptdError: it is damaged.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
