@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 import click
 
@@ -13,6 +14,8 @@ from ckptd.supervisor import history, journal
 from ckptd.supervisor import run as runs
 from ckptd.supervisor.history import Life
 from ckptd.supervisor.policy import duration
+
+_WIDTH_MIN: Final = 140
 
 
 @click.command()
@@ -40,6 +43,8 @@ def _table(life: Life) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    console.width = max(console.width, _WIDTH_MIN)  # in a narrow terminal lines go on below
     table = Table(box=None, pad_edge=False)
     for column in ("attempt", "began", "from", "to", "lost"):
         table.add_column(column, justify="left" if column == "began" else "right")
@@ -58,7 +63,7 @@ def _table(life: Life) -> None:
             *map(duration, spent),
             one.end,
         )
-    Console().print(table)
+    console.print(table)
 
 
 def _sums(life: Life) -> None:

@@ -136,6 +136,22 @@ PLANTED: dict[str, tuple[Any, Any, Callable[[], None]]] = {
         success_without_durability,
         explicit.test_what_cannot_be_made_durable_at_a_stop,
     ),
+    "a write that is begun when it is too late": (
+        "_waits_until_s",
+        lambda _, phase: phase.deadline_s,
+        explicit.test_a_write_is_begun_in_time_for_the_deadline,
+    ),
+    "a hang that is killed before anybody looked": (
+        (m.Attached, m.Stalled),
+        lambda state, _, fact, now_s: m._end_tree(state, m.Purpose(m.Why.FAILED, "a hang"), now_s),
+        explicit.test_a_hang,
+    ),
+    "hangs never counted": ("_count_failure", lambda state, *_: state, explicit.test_a_hang),
+    "a hang that is looked into for ever": (
+        (m.Inspecting, m.Ticked),
+        lambda state, *_: (state, []),
+        worlds,
+    ),
     "failures never counted": (
         "failures_in_a_row",
         lambda *_: 1,
