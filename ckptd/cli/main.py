@@ -23,6 +23,7 @@ _COMMANDS: Final = {
     "stop": "Have a running job save itself and leave.",
     "drill": "Interrupt a script on purpose and prove, bit for bit, that it makes no difference.",
     "slurm-script": "Print a Slurm batch script for a command.",
+    "doctor": "What could go wrong on this machine and with a run, and how to mend it.",
     "ls": "Runs, or the checkpoints of one.",
     "show": "What a checkpoint holds.",
     "verify": "Read a checkpoint to the last bit and compare it with its sums.",

@@ -43,6 +43,9 @@ class Host(Protocol):
     def described(self) -> str:
         """One line for the user: where this runs, and until when."""
 
+    def doubts(self) -> list[tuple[str, str]]:
+        """What would keep the job from being saved or started again, each with what mends it."""
+
     def left_s(self) -> float | None:
         """Seconds from now until the host kills the job; None: unknown, or never."""
 
@@ -79,6 +82,10 @@ class Plain:
     def described(self) -> str:
         """See `Host`."""
         return ""
+
+    def doubts(self) -> list[tuple[str, str]]:
+        """See `Host`."""
+        return []
 
     def left_s(self) -> float | None:
         """See `Host`."""

@@ -78,6 +78,21 @@ class Slurm(Plain):
             words.append(f"until {time.strftime('%Y-%m-%d %H:%M', time.localtime(end))}")
         return ", ".join(words)
 
+    def doubts(self) -> list[tuple[str, str]]:
+        """See `Host`."""
+        try:
+            shown = self._show(_LOOK_BOUND_S)
+        except _NoAnswerError as error:
+            why = f"scontrol: {error}; the job can't be put back into the queue"
+            return [(why, "ask your site why scontrol does not work on this node")]
+        found = []
+        if shown.get("Requeue") == "0":
+            found.append(("requeue: Slurm will not put this job back", "#SBATCH --requeue"))
+        if shown.get("BatchFlag") == "0":
+            what = "interactive: Slurm does not start an interactive job again"
+            found.append((what, "submit a batch script: ckptd slurm-script -- COMMAND | sbatch"))
+        return found
+
     def left_s(self) -> float | None:
         """See `Host`."""
         asked_s = time.time()  # the time that the question takes is not left

@@ -1,0 +1,96 @@
+"""What `ckptd doctor` finds: everything in order, and each thing that is not, with its mending."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import pytest
+from conftest import Workshop
+from launched import fake
+
+from ckptd.host import memory
+from ckptd.host.disk import RealDisk
+from ckptd.host.host import Plain
+from ckptd.supervisor import doctor
+from ckptd.supervisor.registry import Registry
+from ckptd.supervisor.run import Run
+
+
+def mended(findings: object) -> list[str]:
+    """What should be mended, of some findings."""
+    return [one.what for one in findings if one.mend is not None]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def run(workshop: Workshop) -> Run:
+    """A run with checkpoints."""
+    done = workshop.launch(*fake("--total", "30"), options=("--every", "0.01"))
+    assert done.returncode == 0, done.stderr
+    return Run(workshop.path / "runs/job")
+
+
+def test_a_sound_machine(tmp_path: Path) -> None:
+    """Nothing is left behind by looking."""
+    assert mended(doctor.of_directory(tmp_path / "not/there/yet")) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_locks_that_do_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer in (lambda *_, **__: True, lambda *_, **__: False):
+        monkeypatch.setattr(filelock, "lock_descriptor", answer)
+        (found,) = mended(doctor.of_directory(tmp_path))
+        assert "two copies of a job could run" in found
+
+
+def test_what_is_only_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told, and nothing has to be mended."""
+    monkeypatch.setattr(RealDisk, "link", lambda *_: False)
+    found = list(doctor.of_directory(tmp_path))
+    assert mended(found) == []
+    assert "also what did not change is written again" in str(found)
+
+
+def test_a_directory_that_cannot_be_written() -> None:
+    (found,) = mended(doctor.of_directory(Path("/proc/runs")))
+    assert "can't be written" in found
+
+
+def test_nobody_starts_it_again(tmp_path: Path) -> None:
+    """No service; one that starts only at log-in."""
+    jobs = Registry({"XDG_STATE_HOME": str(tmp_path)})
+    (found,) = mended(doctor.of_host(Plain(), jobs, tmp_path))
+    assert "after a reboot" in found
+    unit = tmp_path / ".config/systemd/user/ckptd.service"
+    unit.parent.mkdir(parents=True)
+    unit.touch()
+    assert "lingering" in mended(doctor.of_host(Plain(), jobs, tmp_path))[1]
+
+
+def test_a_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for two states, space for its checkpoints, time within the grace."""
+    assert mended(doctor.of_run(run, 3, 30.0)) == []
+    (slow,) = mended(doctor.of_run(run, 3, 1e-6))
+    assert slow.startswith("time:")
+    monkeypatch.setattr(memory, "available", lambda: 1)
+    (short,) = mended(doctor.of_run(run, 3, 30.0))
+    assert short.startswith("memory:")
+    (space,) = mended(doctor.of_run(run, 10**15, 30.0))[1:]
+    assert space.startswith("space:")
+
+
+def test_the_command(run: Run) -> None:
+    """Exit code 1, and a line that mends what was found."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ckptd", "doctor", "--dir", str(run.path.parent), run.path.name],
+        env={**os.environ, "XDG_STATE_HOME": str(run.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "mend it: ckptd install-service" in done.stdout
+    assert "ok    locks: one copy of a job at a time" in done.stdout
