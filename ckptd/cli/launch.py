@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from ckptd import __version__
 from ckptd.cli import options
 from ckptd.errors import CkptdError, UsageError
-from ckptd.host import children
+from ckptd.host import children, clouds
 from ckptd.host import host as hosts
 from ckptd.host.clock import RealClock
 from ckptd.supervisor import journal, registry, requeues
@@ -102,6 +102,15 @@ _POLL_S: Final = 0.05
     help="What starts the job again after an interruption; auto: as the environment shows.",
 )
 @click.option(
+    "--cloud",
+    "cloud_name",
+    type=click.Choice(clouds.NAMES),
+    default="auto",
+    show_default=True,
+    help="Whose notices that the machine will be taken away are listened to; auto: as its firmware "
+    "shows.",
+)
+@click.option(
     "--max-requeues",
     "requeues_max",
     type=click.IntRange(min=0),
@@ -145,6 +154,7 @@ def command(
     flush_signal: str | None,
     grace_s: float | None,
     hang_after_s: float | None,
+    cloud_name: str,
     host_name: str,
     requeues_max: int,
     *,
@@ -209,7 +219,10 @@ def command(
     if detach:
         os.close(lock)
         return _detach(jobs, run)
-    loop = Loop(run, policy, lock, RealClock(), terminal, host)
+    cloud = clouds.recognised(os.environ, cloud_name)
+    if cloud is not None:
+        terminal.say(f"listening to notices of {cloud.name}")
+    loop = Loop(run, policy, lock, RealClock(), terminal, host, cloud)
     code = loop.run()
     os.close(lock)
     if code in (Exit.FINISHED, Exit.GAVE_UP) or loop.stopped_by_owner:

@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import errno
+import math
 import os
 import selectors
 from collections import deque
@@ -28,6 +29,7 @@ from ckptd.errors import CkptdError, FencedError, ProtocolError
 from ckptd.host import children, disk, memory, slurm, stacks
 from ckptd.host.children import Child
 from ckptd.host.clock import Clock
+from ckptd.host.clouds import Cloud, Notice
 from ckptd.host.disk import RealDisk
 from ckptd.host.host import Host
 from ckptd.host.memory import OomWatch
@@ -53,6 +55,7 @@ from ckptd.supervisor.writer import Done, Job, Writer
 
 _CHUNK: Final = 1 << 16
 _TREE_POLL_S: Final = 0.02
+_POLL_CLOUD_S: Final = 5.0
 _FENCE_S: Final = 5.0  # how often it is looked whether a newer copy runs elsewhere
 _GLANCE_S: Final = 1.0  # how often the terminal's line and the rate are brought up to date
 _MORE_TIME_S: Final = 30.0  # asked for anew at each glance
@@ -89,6 +92,7 @@ class Loop:
         clock: the time.
         terminal: where the user is told things.
         host: what started us.
+        cloud: what may take the machine away; None: nobody.
     """
 
     def __init__(
@@ -99,11 +103,14 @@ class Loop:
         clock: Clock,
         terminal: Terminal,
         host: Host,
+        cloud: Cloud | None = None,
     ) -> None:
         job = run.job()
         assert job is not None, "written by launch"
         self._run, self._job, self._policy, self._lock = run, job, policy, lock
         self._clock, self._terminal, self._host = clock, terminal, host
+        self._cloud = cloud
+        self._polled_s = -math.inf
         self._noted: SupervisorFile | None = None
         self._fence_looked_s = clock.now_s()
         self._disk = RealDisk()
@@ -195,7 +202,24 @@ class Loop:
         if due_s is not None and now_s >= due_s:
             self._tell(machine.Ticked(self._step()))
         self._glance(now_s)
+        self._poll_cloud(now_s)
         self._look_at_fence(now_s)
+
+    def _poll_cloud(self, now_s: float) -> None:
+        if self._cloud is not None and now_s - self._polled_s >= _POLL_CLOUD_S:
+            self._polled_s = now_s
+            self._errands.ask("cloud", self._cloud.poll, self._cloud_noticed)
+
+    def _cloud_noticed(self, notice: Notice | None) -> None:
+        if notice is None:
+            return
+        self._scribe.event("notice", text=notice.text, left_s=notice.left_s)
+        self._terminal.say(notice.text)
+        if notice.left_s is None:
+            self._tell(machine.Signalled(machine.USR2))  # save, and go on as long as it lasts
+        else:
+            self._tell(machine.StopAsked(notice.text))
+            self._tell(machine.HostLimited(notice.left_s))
 
     def _look_at_fence(self, now_s: float) -> None:
         """Notice now and then, and not only at the next write, that a newer copy runs elsewhere."""

@@ -226,7 +226,9 @@ class CheckpointAsked:
 
 @dataclass(frozen=True, slots=True)
 class StopAsked:
-    """The owner asked the job to stop."""
+    """The job was asked to stop: by its owner, or (`by`) by notice of a cloud."""
+
+    by: str = "ckptd stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1369,7 +1371,7 @@ Answerer = Callable[[State, Any, Any, float], Turn]
 def _stop_name(fact: Fact) -> str | None:
     """Who asks the job to stop; None: the fact does not."""
     if isinstance(fact, StopAsked):
-        return "ckptd stop"
+        return fact.by
     if isinstance(fact, Signalled) and fact.number != USR2:
         return policies.signal_name(fact.number)
     return None
