@@ -29,7 +29,7 @@ Description=ckptd: training jobs of {of}
 Type=notify
 {user}ExecStart={ckptd} resume --all --stay
 # New jobs are looked for at this signal.
-ExecReload=/bin/kill -HUP $MAINPID
+ExecReload=/bin/kill -USR2 $MAINPID
 
 # A stop is SIGTERM to ckptd alone: it has every job save itself. While they do, it asks for more
 # time, so that this is only the limit for one that does not answer any more. What is left then is

@@ -268,7 +268,7 @@ def _detach(jobs: Registry, run: Run) -> int:
     said = run.path / "supervisor.log"
     process = None
     if service is not None:
-        os.kill(service.pid, signal.SIGHUP)
+        os.kill(service.pid, signal.SIGUSR2)
     else:
         argv, cwd, environment = registry.command_for(run)
         with said.open("wb") as messages:

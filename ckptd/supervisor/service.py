@@ -150,9 +150,9 @@ class Service:
 
     def _signals_came(self) -> None:
         for number in self._signals.take():
-            if number == signal.SIGHUP:
+            if number == signal.SIGUSR2:
                 self._start_new()
-            elif number != signal.SIGUSR2:
+            else:
                 self._stop()
 
     def _stop(self) -> None:
