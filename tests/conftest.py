@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,12 @@ BOUND_S = 240
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What is launched in tests is no job of this user that goes on after a reboot."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Until it is true; the test's own time limit is the bound."""
+    while not condition():
+        threading.Event().wait(0.02)
 
 
 @dataclass

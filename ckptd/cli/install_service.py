@@ -13,6 +13,7 @@ from typing import Final
 import click
 
 from ckptd.errors import CkptdError, UsageError
+from ckptd.host import systemd
 
 SYSTEM_UNIT: Final = Path("/etc/systemd/system/ckptd@.service")
 USER_UNIT: Final = Path("systemd/user/ckptd.service")
@@ -133,15 +134,11 @@ def _install_user(only_print: bool) -> None:  # noqa: FBT001  # the same
     _systemctl("--user", "daemon-reload")
     _systemctl("--user", "enable", "--now", path.name)
     click.echo(f"{path.name} is enabled and runs: `systemctl --user status ckptd`")
-    if not _lingers():
+    if not systemd.lingers(getpass.getuser()):
         click.echo(
             "it starts when you log in, and not at boot, until you may linger: "
             f"`loginctl enable-linger {getpass.getuser()}`"
         )
-
-
-def _lingers() -> bool:
-    return Path("/var/lib/systemd/linger", getpass.getuser()).exists()
 
 
 def _program() -> str:

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -270,17 +269,8 @@ def _detach(jobs: Registry, run: Run) -> int:
     if service is not None:
         os.kill(service.pid, signal.SIGUSR2)
     else:
-        argv, cwd, environment = registry.command_for(run)
         with said.open("wb") as messages:
-            process = subprocess.Popen(
-                argv,
-                cwd=cwd,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=messages,
-                start_new_session=True,
-            )
+            process = registry.start(run, messages)
     until_s = time.monotonic() + _STARTS_WITHIN_S
     while (holder := run.supervisor()) is None or not (holder.alive() and holder.child):
         if process is not None and process.poll() is not None:

@@ -17,12 +17,9 @@ Rules:
 from __future__ import annotations
 
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -190,6 +187,10 @@ def _ask(
     Raises:
         PermissionError: the token is not accepted.
     """
+    # HTTP and TLS take time and memory of every launch: only where there is a cloud.
+    import urllib.error
+    import urllib.request
+
     # Never through a proxy: it would answer for a machine of its own.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -221,6 +222,8 @@ def _once(given: set[str], key: str) -> bool:
 
 def _left(at: object, least_s: float) -> float:
     """Seconds until a time of the form of ISO 8601 or of RFC 1123."""
+    from email.utils import parsedate_to_datetime  # the same
+
     try:
         text = str(at)
         when = datetime.fromisoformat(text) if text[:1].isdigit() else parsedate_to_datetime(text)

@@ -84,9 +84,9 @@ class RealDisk:
     def make_directory(self, path: Path) -> None:
         path.mkdir()
 
-    def write(self, path: Path, content: Content) -> None:
+    def write(self, path: Path, content: Content, mode: int = 0o644) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o644)
+        descriptor = os.open(path, flags, mode)
         try:
             with memoryview(content) as whole, whole.cast("B") as view:
                 done = _write_direct(path, view) if len(view) >= _DIRECT_FROM else 0

@@ -71,6 +71,11 @@ class Systemd(Plain):
             return  # systemd is restarting or swamped: the next message, in a second, says as much
 
 
+def lingers(user: str) -> bool:
+    """Whether a user's own services start at boot, and not only when the user logs in."""
+    return Path("/var/lib/systemd/linger", user).exists()
+
+
 def _unit(groups: str) -> str | None:
     """The unit's name in /proc/self/cgroup: the last part of a path that is a service's."""
     for line in groups.splitlines():

@@ -16,7 +16,7 @@ from typing import Final
 
 import filelock
 
-from ckptd.host import disk, memory
+from ckptd.host import disk, memory, systemd
 from ckptd.host.disk import RealDisk
 from ckptd.host.host import Host
 from ckptd.store import store
@@ -53,7 +53,7 @@ def of_host(host: Host, jobs: Registry, home: Path) -> Iterator[Finding]:
             "ckptd install-service",
         )
     unit = home / ".config/systemd/user/ckptd.service"
-    if unit.exists() and not Path("/var/lib/systemd/linger", getpass.getuser()).exists():
+    if unit.exists() and not systemd.lingers(getpass.getuser()):
         yield Finding(
             "lingering: the service starts when you log in, not at boot",
             f"loginctl enable-linger {getpass.getuser()}",

@@ -17,10 +17,11 @@ Rules:
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import msgspec
 import xxhash
@@ -28,10 +29,11 @@ import xxhash
 from ckptd.errors import LockedError, UsageError
 from ckptd.host import children, systemd
 from ckptd.host.disk import RealDisk
-from ckptd.supervisor.run import Run, boot_id, load
+from ckptd.supervisor.run import Run, boot_id, load, replace, still_runs
 
 _OWN: Final = (*systemd.OWN_VARIABLES, "CKPTD_SOCKET")
 _PRIVATE: Final = 0o700
+_LAUNCH: Final = "launch.json"
 
 
 class LaunchFile(msgspec.Struct, frozen=True):
@@ -57,7 +59,7 @@ class ServiceFile(msgspec.Struct, frozen=True):
 
     def alive(self) -> bool:
         """Whether it runs."""
-        return self.boot == boot_id() and children.started_s(self.pid) == self.started
+        return still_runs(self.pid, self.started, self.boot)
 
 
 class Registry:
@@ -80,7 +82,8 @@ class Registry:
             OSError: it can't be written down.
         """
         kept = {name: value for name, value in environment.items() if name not in _OWN}
-        record_launch(run, LaunchFile(sys.executable, list(options), kept))
+        launch = LaunchFile(sys.executable, list(options), kept)
+        replace(run.path / _LAUNCH, launch, mode=0o600)
         self.path.mkdir(parents=True, exist_ok=True, mode=_PRIVATE)
         link = self._link(run)
         if not link.is_symlink():
@@ -118,25 +121,10 @@ class Registry:
         started = children.started_s(pid)
         assert started is not None, "we run"
         self.path.mkdir(parents=True, exist_ok=True, mode=_PRIVATE)
-        temporary = self._service.with_suffix(f".{pid}")
-        temporary.write_bytes(msgspec.json.encode(ServiceFile(pid, started, boot_id())))
-        temporary.replace(self._service)
+        replace(self._service, ServiceFile(pid, started, boot_id()))
 
     def _link(self, run: Run) -> Path:
         return self.path / f"{run.path.name}-{xxhash.xxh3_64(os.fsencode(run.path)).hexdigest()}"
-
-
-def record_launch(run: Run, launch: LaunchFile) -> None:
-    """Write launch.json, readable by nobody else."""
-    temporary = run.path / f".launch.json.{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(launch)))
-        file.flush()
-        os.fsync(file.fileno())
-    RealDisk().rename(temporary, run.path / "launch.json")
-    RealDisk().sync_directory(run.path)
 
 
 def command_for(run: Run) -> tuple[list[str], str, dict[str, str]]:
@@ -145,7 +133,7 @@ def command_for(run: Run) -> tuple[list[str], str, dict[str, str]]:
     Raises:
         UsageError: it was never launched by a ckptd that wrote it down, or its directory is gone.
     """
-    job, launch = run.job(), load(run.path / "launch.json", LaunchFile)
+    job, launch = run.job(), load(run.path / _LAUNCH, LaunchFile)
     if job is None or launch is None:
         raise UsageError(
             f"{run.path}: nobody wrote down how this run was started; start it again with the "
@@ -156,3 +144,26 @@ def command_for(run: Run) -> tuple[list[str], str, dict[str, str]]:
     head = [launch.python, "-m", "ckptd", "launch"]
     where = ["--dir", str(run.path.parent), "--name", run.path.name]
     return [*head, *where, *launch.options, "--", *job.argv], job.cwd, launch.environment
+
+
+def start(run: Run, messages: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """Start a run again in the background; its supervisor passes the job's output into the log.
+
+    Args:
+        run: the run.
+        messages: where its supervisor speaks; None: where we do.
+
+    Raises:
+        UsageError: see `command_for`.
+        OSError: it can't be started.
+    """
+    argv, cwd, environment = command_for(run)
+    return subprocess.Popen(
+        argv,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=messages,
+        start_new_session=True,
+    )

@@ -95,7 +95,7 @@ class SupervisorFile(msgspec.Struct, frozen=True):
         elsewhere = self.node is not None and here is not None and self.node != here
         if elsewhere or self.host != os.uname().nodename:
             return None
-        return self.boot == boot_id() and children.started_s(self.pid) == self.started
+        return still_runs(self.pid, self.started, self.boot)
 
 
 class RequeuesFile(msgspec.Struct, frozen=True):
@@ -147,13 +147,7 @@ class Run:
 
     def write(self, content: JobFile | SupervisorFile | RequeuesFile) -> None:
         """Replace a file of this run; a crash leaves the old one or the new one."""
-        name = _FILES[type(content)]
-        disk, temporary = RealDisk(), self.path / f".{name}.{os.getpid()}"
-        temporary.unlink(missing_ok=True)
-        disk.write(temporary, msgspec.json.format(msgspec.json.encode(content)))
-        disk.sync(temporary)
-        disk.rename(temporary, self.path / name)
-        disk.sync_directory(self.path)
+        replace(self.path / _FILES[type(content)], content)
 
     def claim_attempt(self) -> int:
         """Claim the next attempt's number; what has a smaller one may publish nothing any more.
@@ -296,6 +290,11 @@ def set_old_aside(run: Run) -> Path | None:
     return old
 
 
+def still_runs(pid: int, started: float, boot: str) -> bool:
+    """Whether the process of this machine that had this id, start and boot runs still."""
+    return boot == boot_id() and children.started_s(pid) == started
+
+
 def boot_id() -> str:
     """What makes process ids unique over reboots."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -407,6 +406,16 @@ def _lock_within(descriptor: int, bound_s: float) -> bool:
 def _try_lock(descriptor: int) -> bool:
     # The descriptor must be handed to the worker, so filelock's own file handling can't be used.
     return filelock.lock_descriptor(descriptor, blocking=False)
+
+
+def replace(path: Path, content: msgspec.Struct, mode: int = 0o644) -> None:
+    """Write a file anew; a crash leaves the old one or the new one."""
+    disk, temporary = RealDisk(), path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    disk.write(temporary, msgspec.json.format(msgspec.json.encode(content)), mode)
+    disk.sync(temporary)
+    disk.rename(temporary, path)
+    disk.sync_directory(path.parent)
 
 
 def load(path: Path, kind: type[S]) -> S | None:

@@ -104,15 +104,7 @@ class Service:
 
     def _start(self, kept: _Kept) -> None:
         try:
-            argv, cwd, environment = registry.command_for(kept.run)
-            kept.process = subprocess.Popen(  # its supervisor passes the job's output into the log
-                argv,
-                cwd=cwd,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            kept.process = registry.start(kept.run)
         except (CkptdError, OSError) as error:
             self._say(f"{kept.run.path.name} can't be started: {error}")
             self._kept.pop(kept.run.path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Workshop
+from conftest import Workshop, wait_until
 from launched import Launched, checkpoints, fake
 
 from ckptd.errors import UsageError
@@ -210,7 +210,6 @@ def test_advice_is_a_checkpoint(
     launched.wait_for("step 5")
     metadata.answers[AWS_REBALANCE] = json.dumps({"noticeTime": "2026-11-05T08:22:00Z"})
     launched.wait_for("may soon be interrupted")
-    while not (workshop.path / "runs/job/checkpoints").is_dir():
-        threading.Event().wait(0.02)
+    wait_until((workshop.path / "runs/job/checkpoints").is_dir)
     assert launched.process.poll() is None
     assert launched.signal(15).ends() == 75

@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import BOUND_S, Workshop
+from conftest import BOUND_S, Workshop, wait_until
 from launched import Launched, fake, logged
 
 from ckptd.cli import install_service
@@ -54,12 +53,6 @@ def to_go_on() -> list[str]:
 
 def run_of(workshop: Workshop, name: str = "job") -> Run:
     return Run(workshop.path / "runs" / name)
-
-
-def wait_until(condition: object) -> None:
-    """Until it is true; the test's own time limit is the bound."""
-    while not condition():  # type: ignore[operator]
-        threading.Event().wait(0.02)
 
 
 def attached(workshop: Workshop, name: str = "job") -> int:

@@ -6,13 +6,12 @@ The unit is the one that `ckptd install-service` writes, installed by it.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import machine
 import pytest
-from conftest import SCRIPTS, Workshop
+from conftest import SCRIPTS, Workshop, wait_until
 from machine import Machine
 
 from ckptd.supervisor import journal
@@ -55,14 +54,19 @@ def booted(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Iterator[Mac
     one.cut()
 
 
-def detach(booted: Machine, home: Path, name: str, pace_s: float) -> None:
-    """Start a job in the background, under the service; it has a checkpoint when this returns."""
+def detach(booted: Machine, home: Path, name: str, pace_s: float, *options: str) -> None:
+    """Start a job in the background, under the service."""
     said = booted.run(
-        f"cd {home} && OMP_NUM_THREADS=1 {CKPTD} launch --detach --name {name} --every 0.5 -- "
-        f"{sys.executable} {SCRIPT} {home / name}.result {pace_s}",
+        f"cd {home} && OMP_NUM_THREADS=1 {CKPTD} launch --detach --name {name} "
+        f"{' '.join(options)} -- {sys.executable} {SCRIPT} {home / name}.result {pace_s}",
         user="ada",
     )
     assert "kept by process" in said, said
+
+
+def detach_and_save(booted: Machine, home: Path, name: str, pace_s: float) -> None:
+    """The same; it has a checkpoint when this returns."""
+    detach(booted, home, name, pace_s, "--every", "0.5")
     wait_until(lambda: "durable" in events(home, name))
 
 
@@ -70,16 +74,11 @@ def events(home: Path, name: str) -> list[str]:
     return [e["event"] for e in journal.read(home / "ckptd-runs" / name / "journal.jsonl")]
 
 
-def wait_until(condition: object) -> None:
-    while not condition():  # type: ignore[operator]
-        threading.Event().wait(0.05)
-
-
 @pytest.mark.parametrize("how", ["reboot", "power cut"])
 def test_it_goes_on(booted: Machine, home: Path, expected: str, how: str) -> None:
     """By itself, from where it was; with the environment that it was started with."""
     name = how.replace(" ", "-")
-    detach(booted, home, name, 0.05)
+    detach_and_save(booted, home, name, 0.05)
     if how == "reboot":
         booted.reboot()
     else:
@@ -93,7 +92,7 @@ def test_it_goes_on(booted: Machine, home: Path, expected: str, how: str) -> Non
 
 
 def test_what_its_owner_stopped_stays_so(booted: Machine, home: Path) -> None:
-    detach(booted, home, "stopped", 0.05)
+    detach_and_save(booted, home, "stopped", 0.05)
     assert "durable" in booted.run(f"cd {home} && {CKPTD} stop stopped 2>&1", user="ada")
     before = events(home, "stopped")
     booted.reboot()
@@ -108,12 +107,7 @@ def test_a_stop_longer_than_its_time_out(booted: Machine, home: Path, expected: 
         f"mkdir -p {Path(DROP_IN).parent}; "
         f"printf '[Service]\\nTimeoutStopSec=3\\n' > {DROP_IN}; systemctl daemon-reload"
     )
-    said = booted.run(
-        f"cd {home} && OMP_NUM_THREADS=1 {CKPTD} launch --detach --name {name} -- "
-        f"{sys.executable} {SCRIPT} {home / name}.result 8",
-        user="ada",
-    )
-    assert "kept by process" in said, said
+    detach(booted, home, name, 8)
     wait_until(lambda: "attached" in events(home, name))
     booted.run("systemctl stop ckptd@ada")
     assert events(home, name)[-1] == "stopped", "it was killed before it was saved"
@@ -131,7 +125,7 @@ def test_the_watchdog(booted: Machine, home: Path, expected: str) -> None:
         f"printf '[Service]\\nWatchdogSec=3\\n' > {DROP_IN}; "
         "systemctl daemon-reload; systemctl restart ckptd@ada"
     )
-    detach(booted, home, "watched", 0.1)
+    detach_and_save(booted, home, "watched", 0.1)
     booted.run("kill -STOP $(systemctl show -p MainPID --value ckptd@ada)")
     wait_until(lambda: events(home, "watched").count("attached") == 2)
     assert booted.run("systemctl show -p NRestarts --value ckptd@ada").strip() == "1"
