@@ -7,11 +7,12 @@ of the job's output at most WAITING_BYTES_MAX, and it is said when more had to b
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from ckptd.supervisor.journal import Journal
 
@@ -31,6 +32,7 @@ class Scribe:
         self._journal, self._log, self._say_once = journal, log, say_once
         self._tasks: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._waiting = 0
+        self._begun = False
         self._lock = threading.Lock()
         threading.Thread(target=self._work, name="scribe", daemon=True).start()
 
@@ -64,10 +66,21 @@ class Scribe:
 
     def _write(self, chunk: bytes) -> None:
         try:
-            with self._log.open("ab", buffering=0) as log:
+            with self._log.open("ab+", buffering=0) as log:
+                if not self._begun and _within_a_line(log):
+                    log.write(b"\n")  # an earlier supervisor was killed in the middle of it
+                self._begun = True
                 log.write(chunk)
         except OSError as error:
             self._say_once(f"the log {self._log} can't be written: {error.strerror}")
         finally:
             with self._lock:
                 self._waiting -= len(chunk)
+
+
+def _within_a_line(log: BinaryIO) -> bool:
+    """Whether a file does not end with a line's end."""
+    if log.seek(0, os.SEEK_END) == 0:
+        return False
+    log.seek(-1, os.SEEK_END)
+    return log.read(1) != b"\n"

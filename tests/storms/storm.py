@@ -179,9 +179,9 @@ def _plant(plan):
             if left[0] == 0 and chosen["when"] == "before":
                 strike(name)
             if left[0] == 0 and chosen["when"] == "within" and name == "write":
-                disk, path, content = arguments
+                disk, path, content, *mode = arguments
                 whole = memoryview(content).cast("B")
-                real(disk, path, whole[: len(whole) // 2])
+                real(disk, path, whole[: len(whole) // 2], *mode)
                 strike(name)
             result = real(*arguments)
             if left[0] == 0:

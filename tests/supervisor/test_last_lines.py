@@ -26,3 +26,12 @@ def test_last_lines_are_whole(workshop: Workshop) -> None:
     at = shown.index("line 10 of the end")
     assert shown[at : at + len(expected)] == expected
     assert shown[at - 1] == "ckptd: the last lines of its output:"
+
+
+def test_a_new_attempt_begins_a_line(workshop: Workshop) -> None:
+    """Whoever was killed in the middle of a line does not swallow the first one of the next."""
+    dies = python("print('half', end=''); raise SystemExit(1)")
+    for _ in range(2):
+        done = workshop.launch(*dies, options=("--name", "job", "--max-restarts", "0"))
+        assert done.returncode == 70
+    assert (workshop.path / "runs" / "job" / "log").read_text() == "half\nhalf"
