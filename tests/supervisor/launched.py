@@ -46,7 +46,9 @@ class Launched:
         messages: the lines of its standard error so far.
     """
 
-    def __init__(self, workshop: Workshop, *argv: str, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, workshop: Workshop, *argv: str, options: tuple[str, ...] = (), **environment: str
+    ) -> None:
         self.workshop = workshop
         self.output: list[str] = []
         self.messages: list[str] = []
@@ -55,7 +57,7 @@ class Launched:
         self.process = subprocess.Popen(
             [*workshop.command(*options), *argv],
             cwd=workshop.path,
-            env=workshop.environment(),
+            env=workshop.environment(**environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

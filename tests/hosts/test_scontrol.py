@@ -1,0 +1,174 @@
+"""What Slurm is asked, when, and what happens when it answers late, wrongly or never.
+
+`scontrol` is a script of the test's own here, which can be all that; the real one is in `slurm`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+from conftest import Workshop
+from launched import Launched, checkpoints, fake, no_leftovers  # noqa: F401  # for every test here
+
+from ckptd.host import slurm
+
+SCRIPT = """#!/bin/sh
+cd "$(dirname "$0")" || exit 1
+echo "$*" >> calls
+[ -e hangs ] && exec sleep 600
+case "$1" in requeue) [ -e refuses-once ] && rm refuses-once && exit 1 ;; esac
+if [ -e fails ]; then
+    echo "slurm_load_jobs error: Unable to contact slurm controller" >&2
+    exit 1
+fi
+if [ -e waits ]; then
+    until grep -q '"durable"' ../runs/job/journal.jsonl; do sleep 0.05; done
+    touch durable-meanwhile
+fi
+case "$*" in
+    *"show job"*) cat job ;;
+    "show config") echo "KillWait                = 30 sec" ;;
+    requeue*) cp ../runs/job/journal.jsonl journal-then ;;
+esac
+"""
+LEFT_S = 1000
+
+
+class Scontrol:
+    """The script, and what it is told to answer.
+
+    Attributes:
+        path: its directory; a file "hangs", "fails", "refuses-once" or "waits" in it changes it.
+    """
+
+    def __init__(self, workshop: Workshop) -> None:
+        self.path = workshop.path / "bin"
+        self.path.mkdir()
+        script = self.path / "scontrol"
+        script.write_text(SCRIPT)
+        script.chmod(0o755)
+        self.says("RUNNING")
+
+    def says(self, state: str, **more: str) -> None:
+        """What it says of the job from now on."""
+        end = int(time.time()) + LEFT_S
+        fields = {"JobId": "7", "JobState": state, "Reason": "None", "Requeue": "1"}
+        fields |= {"Restarts": "0", "BatchFlag": "1", "EndTime": str(end), "PreemptTime": "1"}
+        words = " ".join(f"{key}={value}" for key, value in (fields | more).items())
+        (self.path / "new").write_text(words + "\n")
+        (self.path / "new").rename(self.path / "job")
+
+    def set(self, what: str) -> None:
+        (self.path / what).touch()
+
+    def calls(self) -> list[str]:
+        """All that it was asked."""
+        return (self.path / "calls").read_text().splitlines()
+
+    def requeues(self) -> int:
+        return self.calls().count("requeue 7")
+
+    def launched(self, workshop: Workshop, *options: str) -> Launched:
+        """A job that believes to be job 7 of this Slurm, and runs."""
+        path = f"{self.path}:{os.environ['PATH']}"
+        one = Launched(workshop, *fake(*options), PATH=path, SLURM_JOB_ID="7")
+        one.wait_for("step 3")
+        return one
+
+
+@pytest.fixture
+def scontrol(workshop: Workshop) -> Scontrol:
+    return Scontrol(workshop)
+
+
+def test_it_is_asked_last(workshop: Workshop, scontrol: Scontrol) -> None:
+    """For a requeue, which kills whoever asks: all is durable then, and written down."""
+    launched = scontrol.launched(workshop)
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert scontrol.calls()[-1] == "requeue 7"
+    then = (scontrol.path / "journal-then").read_text()
+    assert '"durable"' in then
+    assert '"stopped"' in then
+    assert "asked Slurm to put job 7 back" in launched.told()
+
+
+def test_the_deadline_is_the_end_that_it_names(workshop: Workshop, scontrol: Scontrol) -> None:
+    """And KillWait; neither the variable of the environment nor the time of the preemption."""
+    launched = scontrol.launched(workshop)
+    assert launched.signal(signal.SIGUSR1).ends() == 75, launched.told()
+    left = int(launched.told().partition("the host leaves ")[2].partition(" s")[0])
+    assert LEFT_S / 2 < left <= LEFT_S + 30
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "FAILED"])
+def test_what_was_cancelled_stays_so(workshop: Workshop, scontrol: Scontrol, state: str) -> None:
+    launched = scontrol.launched(workshop)
+    scontrol.says(state)
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert scontrol.requeues() == 0
+    assert f"job 7 was cancelled ({state})" in launched.told()
+    assert checkpoints(workshop)
+
+
+def test_a_second_sigterm_is_no_force(workshop: Workshop, scontrol: Scontrol) -> None:
+    """Slurm sends two. The worker is in the middle of a step, and gets the time to end it."""
+    gate = workshop.path / "gate"
+    launched = scontrol.launched(workshop, "--gate", str(gate))
+    for _ in range(2):
+        launched.signal(signal.SIGTERM)
+        launched.signal(signal.SIGCONT)
+    launched.wait_for("the host leaves")
+    launched.signal(signal.SIGTERM)
+    gate.touch()
+    assert launched.ends() == 75, launched.told()
+    assert checkpoints(workshop)
+    assert scontrol.requeues() == 1
+
+
+def test_no_answer_while_it_is_saved(workshop: Workshop, scontrol: Scontrol) -> None:
+    """How long is left is asked at a stop; nobody waits for the answer before saving."""
+    launched = scontrol.launched(workshop)
+    scontrol.set("waits")
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert (scontrol.path / "durable-meanwhile").exists()
+    assert scontrol.requeues() == 1
+
+
+def test_it_fails(workshop: Workshop, scontrol: Scontrol) -> None:
+    """The job runs and is saved without it; at the end it is said what is left to do by hand."""
+    scontrol.set("fails")
+    launched = scontrol.launched(workshop)
+    launched.wait_for("until nobody knows when")
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert checkpoints(workshop)
+    assert "Unable to contact slurm controller" in launched.told()
+    assert "put it back by hand with `scontrol requeue 7`" in launched.told()
+
+
+def test_it_fails_once(workshop: Workshop, scontrol: Scontrol) -> None:
+    """Controllers are restarted: it is asked again."""
+    scontrol.set("refuses-once")
+    launched = scontrol.launched(workshop)
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert scontrol.requeues() == 2
+    assert "asked Slurm to put job 7 back" in launched.told()
+
+
+def test_it_hangs(workshop: Workshop, scontrol: Scontrol, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question has its bound, and what is said names it."""
+    monkeypatch.setattr(slurm, "_LOOK_BOUND_S", 0.1)
+    monkeypatch.setattr(slurm, "_ASK_BOUND_S", 0.1)
+    monkeypatch.setattr(slurm, "_PAUSE_S", 0.0)
+    scontrol.set("hangs")
+    path = f"{scontrol.path}:{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
+    job = slurm.Slurm({"SLURM_JOB_ID": "7", "PATH": path})
+    assert "until nobody knows when: scontrol did not answer within 0.1 s" in job.described()
+    assert job.left_s() is None
+    said = job.again()
+    assert said is not None
+    assert "put it back by hand with `scontrol requeue 7`" in said
+    assert job.doubts()[0][0].startswith("scontrol: scontrol did not answer")
