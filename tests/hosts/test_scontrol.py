@@ -13,7 +13,9 @@ import pytest
 from conftest import Workshop
 from launched import Launched, checkpoints, fake, no_leftovers  # noqa: F401  # for every test here
 
+from ckptd.cli.status import look
 from ckptd.host import slurm
+from ckptd.supervisor.run import Run
 
 SCRIPT = """#!/bin/sh
 cd "$(dirname "$0")" || exit 1
@@ -25,13 +27,14 @@ if [ -e fails ]; then
     exit 1
 fi
 if [ -e waits ]; then
+    rm waits
     until grep -q '"durable"' ../runs/job/journal.jsonl; do sleep 0.05; done
     touch durable-meanwhile
 fi
 case "$*" in
     *"show job"*) cat job ;;
     "show config") echo "KillWait                = 30 sec" ;;
-    requeue*) cp ../runs/job/journal.jsonl journal-then ;;
+    requeue*) cp --no-clobber ../runs/job/journal.jsonl journal-then ;;
 esac
 """
 LEFT_S = 1000
@@ -89,6 +92,7 @@ def test_it_is_asked_last(workshop: Workshop, scontrol: Scontrol) -> None:
     launched = scontrol.launched(workshop)
     assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
     assert scontrol.calls()[-1] == "requeue 7"
+    assert scontrol.requeues() == 1
     then = (scontrol.path / "journal-then").read_text()
     assert '"durable"' in then
     assert '"stopped"' in then
@@ -117,11 +121,12 @@ def test_a_second_sigterm_is_no_force(workshop: Workshop, scontrol: Scontrol) ->
     """Slurm sends two. The worker is in the middle of a step, and gets the time to end it."""
     gate = workshop.path / "gate"
     launched = scontrol.launched(workshop, "--gate", str(gate))
-    for _ in range(2):
+    run = Run(workshop.path / "runs" / "job")
+    for _ in range(3):
         launched.signal(signal.SIGTERM)
         launched.signal(signal.SIGCONT)
-    launched.wait_for("the host leaves")
-    launched.signal(signal.SIGTERM)
+        for _ in range(2):  # the signals were seen when the second question is answered
+            look(run)
     gate.touch()
     assert launched.ends() == 75, launched.told()
     assert checkpoints(workshop)
