@@ -10,7 +10,7 @@ import signal
 import time
 
 import pytest
-from conftest import Workshop
+from conftest import Workshop, wait_until
 from launched import Launched, checkpoints, fake, no_leftovers  # noqa: F401  # for every test here
 
 from ckptd.cli.status import look
@@ -138,7 +138,7 @@ def test_no_answer_while_it_is_saved(workshop: Workshop, scontrol: Scontrol) -> 
     launched = scontrol.launched(workshop)
     scontrol.set("waits")
     assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
-    assert (scontrol.path / "durable-meanwhile").exists()
+    wait_until((scontrol.path / "durable-meanwhile").exists)
     assert scontrol.requeues() == 1
 
 
