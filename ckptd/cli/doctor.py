@@ -30,11 +30,13 @@ def command(name: str | None, directory: Path, grace_s: float, keep: int) -> int
     one, else 0.
     """
     host = hosts.recognised(os.environ)
+    run = None if name is None else runs.find(directory, name)
+    flush_s = None if run is None else doctor.slowest(run)
     findings = chain(
-        doctor.of_host(host, Registry(os.environ), Path.home()),
+        doctor.of_host(host, Registry(os.environ), Path.home(), flush_s),
         doctor.of_machine(doctor.gpus()),
         doctor.of_directory(directory),
-        () if name is None else doctor.of_run(runs.find(directory, name), keep, grace_s),
+        () if run is None else doctor.of_run(run, keep, grace_s),
     )
     code = 0
     for finding in findings:

@@ -43,8 +43,12 @@ class Host(Protocol):
     def described(self) -> str:
         """One line for the user: where this runs, and until when."""
 
-    def doubts(self) -> list[tuple[str, str]]:
-        """What would keep the job from being saved or started again, each with what mends it."""
+    def doubts(self, flush_s: float | None) -> list[tuple[str, str]]:
+        """What would keep the job from being saved or started again, each with what mends it.
+
+        Args:
+            flush_s: seconds that a checkpoint takes; None: that is not known.
+        """
 
     def left_s(self) -> float | None:
         """Seconds from now until the host kills the job; None: unknown, or never."""
@@ -83,7 +87,7 @@ class Plain:
         """See `Host`."""
         return ""
 
-    def doubts(self) -> list[tuple[str, str]]:
+    def doubts(self, flush_s: float | None) -> list[tuple[str, str]]:  # noqa: ARG002
         """See `Host`."""
         return []
 

@@ -36,6 +36,9 @@ _LOOK_BOUND_S: Final = 5.0
 _ASK_BOUND_S: Final = 20.0
 _TRIES: Final = 3
 _PAUSE_S: Final = 1.0
+#: A flush that takes more than this of KillWait is better warned of before.
+_KILL_WAIT_SHARE: Final = 0.5
+_WARNING_MIN_S: Final = 120.0
 
 _FIELD: Final = re.compile(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)")
 _KILL_WAIT: Final = re.compile(r"^KillWait\s*=\s*(\d+)", re.MULTILINE)
@@ -78,10 +81,11 @@ class Slurm(Plain):
             words.append(f"until {time.strftime('%Y-%m-%d %H:%M', time.localtime(end))}")
         return ", ".join(words)
 
-    def doubts(self) -> list[tuple[str, str]]:
+    def doubts(self, flush_s: float | None) -> list[tuple[str, str]]:
         """See `Host`."""
         try:
             shown = self._show(_LOOK_BOUND_S)
+            kill_wait_s = self._read_kill_wait_s()
         except _NoAnswerError as error:
             why = f"scontrol: {error}; the job can't be put back into the queue"
             return [(why, "ask your site why scontrol does not work on this node")]
@@ -91,6 +95,14 @@ class Slurm(Plain):
         if shown.get("BatchFlag") == "0":
             what = "interactive: Slurm does not start an interactive job again"
             found.append((what, "submit a batch script: ckptd slurm-script -- COMMAND | sbatch"))
+        # Slurm does not tell whether a warning was asked for.
+        if flush_s is not None and flush_s > _KILL_WAIT_SHARE * kill_wait_s:
+            what = (
+                f"time: without a warning there are {kill_wait_s:g} s from SIGTERM to SIGKILL, "
+                f"and a checkpoint took {flush_s:.3g} s"
+            )
+            warning_s = max(2 * flush_s, _WARNING_MIN_S)
+            found.append((what, f"#SBATCH --signal=B:USR1@{warning_s:.0f}"))
         return found
 
     def left_s(self) -> float | None:

@@ -37,12 +37,14 @@ class Finding:
     mend: str | None = None
 
 
-def of_host(host: Host, jobs: Registry, home: Path) -> Iterator[Finding]:
-    """What starts a job again, and whether it will."""
+def of_host(
+    host: Host, jobs: Registry, home: Path, flush_s: float | None = None
+) -> Iterator[Finding]:
+    """What starts a job again, and whether it will; `flush_s`: what a checkpoint takes."""
     described = host.described()
     if described:
         yield Finding(f"host: {described}")
-        yield from (Finding(what, mend) for what, mend in host.doubts())
+        yield from (Finding(what, mend) for what, mend in host.doubts(flush_s))
         return
     service = jobs.service()
     if service is not None:
@@ -127,6 +129,12 @@ def gpus() -> int:
     return sum(os.access(path, os.R_OK) for path in Path("/dev").glob("nvidia[0-9]*"))
 
 
+def slowest(run: Run) -> float | None:
+    """Seconds that a run's slowest checkpoint took; None: it has none."""
+    took = [e.get("seconds", 0.0) for e in journal.read(run.journal) if e["event"] == "durable"]
+    return max(took, default=None)
+
+
 def of_run(run: Run, keep: int, grace_s: float) -> Iterator[Finding]:
     """Whether a run has the memory, the space and the time that it was seen to need."""
     rows = [row for row in store.listing(RealDisk(), run.checkpoints) if row.step >= 0]
@@ -148,9 +156,8 @@ def of_run(run: Run, keep: int, grace_s: float) -> Iterator[Finding]:
         if short is None
         else Finding(f"space: {short}", f"free some space under {run.path}")
     )
-    took = [e.get("seconds", 0.0) for e in journal.read(run.journal) if e["event"] == "durable"]
-    if took:
-        slowest_s = max(took)
+    slowest_s = slowest(run)
+    if slowest_s is not None:
         what = (
             f"time: the slowest checkpoint took {duration(slowest_s)}, the grace is {grace_s:g} s"
         )

@@ -176,4 +176,19 @@ def test_it_hangs(workshop: Workshop, scontrol: Scontrol, monkeypatch: pytest.Mo
     said = job.again()
     assert said is not None
     assert "put it back by hand with `scontrol requeue 7`" in said
-    assert job.doubts()[0][0].startswith("scontrol: scontrol did not answer")
+    assert job.doubts(None)[0][0].startswith("scontrol: scontrol did not answer")
+
+
+def test_what_the_doctor_finds(
+    workshop: Workshop, scontrol: Scontrol, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KillWait against a flush's time, and whether Slurm would start the job again."""
+    monkeypatch.setenv("PATH", path := f"{scontrol.path}:{os.environ['PATH']}")
+    job = slurm.Slurm({"SLURM_JOB_ID": "7", "PATH": path})
+    assert job.doubts(None) == []
+    assert job.doubts(5.0) == [], "well within KillWait, 30 s"
+    ((what, mend),) = job.doubts(100.0)
+    assert "30 s from SIGTERM to SIGKILL" in what
+    assert mend == "#SBATCH --signal=B:USR1@200"
+    scontrol.says("RUNNING", Requeue="0", BatchFlag="0")
+    assert [mend.split()[0] for _, mend in job.doubts(None)] == ["#SBATCH", "submit"]

@@ -54,19 +54,23 @@ def booted(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Iterator[Mac
     one.cut()
 
 
-def detach(booted: Machine, home: Path, name: str, pace_s: float, *options: str) -> None:
+def detach(
+    booted: Machine, home: Path, name: str, pace_s: float, *options: str, user: str = "ada"
+) -> None:
     """Start a job in the background, under the service."""
     said = booted.run(
         f"cd {home} && OMP_NUM_THREADS=1 {CKPTD} launch --detach --name {name} "
         f"{' '.join(options)} -- {sys.executable} {SCRIPT} {home / name}.result {pace_s}",
-        user="ada",
+        user=user,
     )
     assert "kept by process" in said, said
 
 
-def detach_and_save(booted: Machine, home: Path, name: str, pace_s: float) -> None:
+def detach_and_save(
+    booted: Machine, home: Path, name: str, pace_s: float, user: str = "ada"
+) -> None:
     """The same; it has a checkpoint when this returns."""
-    detach(booted, home, name, pace_s, "--every", "0.5")
+    detach(booted, home, name, pace_s, "--every", "0.5", user=user)
     wait_until(lambda: "durable" in events(home, name))
 
 
@@ -132,3 +136,27 @@ def test_the_watchdog(booted: Machine, home: Path, expected: str) -> None:
     wait_until(lambda: "finished" in events(home, "watched"))
     assert (home / "watched.result").read_text() == expected
     booted.run(f"rm {DROP_IN}; systemctl daemon-reload")
+
+
+def test_a_users_own_unit(booted: Machine, home: Path, expected: str) -> None:
+    """Installed without root by a user who may linger: it saves at a reboot, and goes on after."""
+    own = home / "bob"
+    own.mkdir(mode=0o777)
+    own.chmod(0o777)
+    booted.run("useradd -m bob; loginctl enable-linger bob")
+
+    def as_bob(command: str) -> str:
+        return booted.run(f"export XDG_RUNTIME_DIR=/run/user/$(id -u); {command}", user="bob")
+
+    wait_until(lambda: as_bob("systemctl --user is-system-running").strip() == "running")
+    said = as_bob(f"{CKPTD} install-service --user")
+    assert "ckptd.service is enabled and runs" in said, said
+    assert "linger" not in said.partition("is enabled and runs")[2], "bob may linger"
+    detach_and_save(booted, own, "own", 0.05, user="bob")
+    booted.reboot()
+    wait_until(lambda: "finished" in events(own, "own"))
+    assert [e for e in events(own, "own") if e in ("started", "stopped")] == [
+        *("started", "stopped", "started")
+    ]
+    assert (own / "own.result").read_text() == expected
+    assert as_bob("systemctl --user is-active ckptd").strip() == "active"
