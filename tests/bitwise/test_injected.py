@@ -16,6 +16,8 @@ from conftest import BOUND_S, SCRIPTS, Workshop
 
 SCRIPT = str(SCRIPTS / "injected.py")
 MEMORY = Path("/sys/fs/cgroup/memory")
+PY_SPY = Path(sys.executable).with_name("py-spy")
+WITHOUT_PY_SPY = "PATH=/usr/bin:/bin"
 pytestmark = pytest.mark.real
 
 
@@ -72,12 +74,20 @@ def test_death(workshop: Workshop, expected: str, fault: str, code: int) -> None
 )
 def test_hang(workshop: Workshop, expected: str, fault: str, where: str) -> None:
     """Killed and started again; the log says where it hung, as far as anybody can tell."""
-    said = run(workshop, expected, fault, "--hang-after", "3")
+    said = run(workshop, expected, fault, "--hang-after", "3", before=WITHOUT_PY_SPY)
     assert "the job hangs" in said
     assert ends(workshop)[0]["event"] == "hang"
     log = (workshop.path / "runs/job/log").read_text()
     assert where in said + log
     assert "[ckptd] process" in log
+
+
+@pytest.mark.skipif(not PY_SPY.exists(), reason=f"no {PY_SPY}: pip install py-spy")
+def test_hang_seen_by_py_spy(workshop: Workshop, expected: str) -> None:
+    """It looks from outside, so that also a process which ignores everything is seen."""
+    before = f"PATH={PY_SPY.parent}:$PATH"
+    run(workshop, expected, "ignores everything", "--hang-after", "3", before=before)
+    assert "ignore_everything (" in (workshop.path / "runs/job/log").read_text()
 
 
 def test_stopped_is_no_hang(workshop: Workshop, expected: str) -> None:
