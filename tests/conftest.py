@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 SCRIPTS = Path(__file__).parent / "scripts"
 BOUND_S = 240
+MEMORY = Path("/sys/fs/cgroup/memory")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,6 +28,21 @@ def wait_until(condition: Callable[[], object]) -> None:
     """Until it is true; the test's own time limit is the bound."""
     while not condition():
         threading.Event().wait(0.02)
+
+
+@contextmanager
+def limited(length: int) -> Iterator[list[str]]:
+    """The first words of a command that may use so many bytes of memory."""
+    group = MEMORY / f"ckptd-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(length))
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
+    finally:
+        group.rmdir()
 
 
 @dataclass

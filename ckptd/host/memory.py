@@ -11,7 +11,9 @@ import os
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import psutil
 
@@ -30,23 +32,80 @@ def limit() -> int | None:
 
 
 def available() -> int:
-    """Bytes that this process may still use: of the machine's, and of its control group's limit."""
-    free = psutil.virtual_memory().available
-    return min([free, *_left_in_groups()])
+    """Bytes that this process may still use: of the machine's, and of its control groups' limits.
+
+    Files that are only cached count as free: the kernel drops them when memory is asked for. In a
+    group with a limit they fill all of it after a while, whatever the job needs.
+    """
+    left = [limit - used for limit, used in _limits()]
+    return min([psutil.virtual_memory().available, *(max(0, one) for one in left)])
 
 
-def _left_in_groups() -> Iterator[int]:
-    """What is left up to the limit of each control group above this process (version 2)."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-        own = next(line[3:] for line in lines if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return
-    group = Path("/sys/fs/cgroup") / own.lstrip("/")
-    for path in (group, *group.parents):
-        with suppress(OSError, ValueError):  # no limit, or "max"
-            limit = int((path / "memory.max").read_text(encoding="ascii"))
-            yield limit - int((path / "memory.current").read_text(encoding="ascii"))
+@dataclass(frozen=True)
+class _Version:
+    """What a version of control groups calls its files."""
+
+    root: Path
+    limit: str
+    used: str
+    cached: tuple[str, str]
+    events: str
+
+
+_VERSION_1: Final = _Version(
+    Path("/sys/fs/cgroup/memory"),
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+    "memory.oom_control",
+)
+_VERSION_2: Final = _Version(
+    Path("/sys/fs/cgroup"),
+    "memory.max",
+    "memory.current",
+    ("inactive_file", "active_file"),
+    "memory.events",
+)
+
+
+def _groups() -> Iterator[tuple[Path, _Version]]:
+    """The control group of this process that accounts for its memory, in each version."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                yield _VERSION_2.root / path.lstrip("/"), _VERSION_2
+            elif "memory" in controllers.split(","):
+                yield _VERSION_1.root / path.lstrip("/"), _VERSION_1
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """The limit of each group above this process that has one, and what it uses of it."""
+    for own, version in _groups():
+        for group in (own, *own.parents):
+            limit = _limit_of(group, version)
+            if limit is not None:
+                with suppress(OSError, ValueError):  # it was removed meanwhile
+                    yield limit, _used(group, version)
+            if group == version.root:
+                break
+
+
+def _used(group: Path, version: _Version) -> int:
+    used = int((group / version.used).read_text(encoding="ascii"))
+    for line in (group / "memory.stat").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(" ")
+        if name in version.cached:
+            used -= int(value)
+    return used
+
+
+def _limit_of(group: Path, version: _Version) -> int | None:
+    with suppress(OSError, ValueError):  # no such group in this container, or "max"
+        limit = int((group / version.limit).read_text(encoding="ascii"))
+        if limit < psutil.virtual_memory().total:
+            return limit
+    return None
 
 
 class OomWatch:
@@ -58,29 +117,21 @@ class OomWatch:
     def found(self) -> str | None:
         """What to say of it; None: it has killed none."""
         now = _oom_kills()
-        groups = [name for name, kills in now.items() if kills > self._before.get(name, kills)]
-        own = [name for name in groups if name]
-        if own:
-            limit = _limit_of(Path(own[0]))
-            of = "" if limit is None else f", which may use {limit >> 20} MiB"
-            return f"out of memory: the kernel killed a process of its control group{of}"
-        if groups:
+        killed = {name for name, kills in now.items() if kills > self._before.get(name, kills)}
+        for group, version in _groups():
+            if str(group) in killed:
+                limit = _limit_of(group, version)
+                of = "" if limit is None else f", which may use {limit >> 20} MiB"
+                return f"out of memory: the kernel killed a process of its control group{of}"
+        if killed:
             return "out of memory: the kernel killed a process on this machine meanwhile"
         return None
 
 
 def _oom_kills() -> dict[str, int]:
-    """Processes killed so far, by control group above this process; "": on the whole machine."""
+    """Processes killed so far, by control group of this process; "": on the whole machine."""
     files = {"": Path("/proc/vmstat")}
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":
-                group = Path("/sys/fs/cgroup") / path.lstrip("/")
-                files[str(group)] = group / "memory.events"
-            elif "memory" in controllers.split(","):
-                group = Path("/sys/fs/cgroup/memory") / path.lstrip("/")
-                files[str(group)] = group / "memory.oom_control"
+    files |= {str(group): group / version.events for group, version in _groups()}
     kills = {}
     for name, file in files.items():
         with suppress(OSError):  # a container that does not show its control group
@@ -88,15 +139,6 @@ def _oom_kills() -> dict[str, int]:
                 if line.startswith("oom_kill "):
                     kills[name] = int(line.split()[1])
     return kills
-
-
-def _limit_of(group: Path) -> int | None:
-    for name in ("memory.max", "memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # of the other version, or "max"
-            limit = int((group / name).read_text(encoding="ascii"))
-            if limit < psutil.virtual_memory().total:
-                return limit
-    return None
 
 
 def shared(descriptor: int, length: int) -> memoryview:

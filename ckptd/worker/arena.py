@@ -8,6 +8,8 @@ A snapshot lies in a memfd that the supervisor holds too. Rules:
 2. At most two memories are kept. A third, when both are in the supervisor's hands, is for one use.
 3. A memory is kept only where as much is free beside it.
 4. Where there is not enough for another one, the supervisor is asked to give back what is durable.
+   If that does not do, the snapshot goes through a file on the disk, which the kernel may write out
+   and drop from memory as it needs to: slower, and nobody is killed for want of memory.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from ckptd.host import memory
@@ -25,13 +29,26 @@ from ckptd.host import memory
 _KEPT_MAX: Final = 2
 _GIVEN_BACK_WITHIN_S: Final = 2.0
 _POLL_S: Final = 0.05
+_SPARE: Final = 64 << 20  # left to everybody else; what is free is never known to the last byte
 
 
 class Arena:
-    """One memory: a memfd and its mapping."""
+    """One memory: a memfd and its mapping.
 
-    def __init__(self, length: int) -> None:
-        self.descriptor = memory.make("ckptd-snapshot", length)
+    Args:
+        length: in bytes.
+        directory: of a file without a name, to take instead of a memfd.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+
+    def __init__(self, length: int, directory: Path | None = None) -> None:
+        self.spilled = directory is not None
+        if directory is None:
+            self.descriptor = memory.make("ckptd-snapshot", length)
+        else:
+            self.descriptor = _reserved(directory, length)
         self.length = length
         self.mapping = mmap.mmap(self.descriptor, length)
         # The address stays as long as the mapping; the view that gave it must not, or it could
@@ -55,24 +72,39 @@ class Arenas:
         self._kept: list[Arena] = []
         self._sent: dict[int, Arena] = {}
         self._lock = threading.Condition()  # releases come in the link's thread
+        self._asked = False
         #: Called with the bytes that are needed, and those that are free, when these are too few.
         self.on_short: Callable[[int, int], object] | None = None
+        #: Where a snapshot lies for which there is no memory; None: in memory all the same.
+        self.directory: Path | None = None
+        #: Called when one lies there, or could not.
+        self.on_spilled: Callable[[OSError | None], object] = lambda _: None
 
     def take(self, length: int) -> Arena:
         """A memory of at least so many bytes that nobody reads; it is the caller's."""
         with self._lock:
             arena = self._fitting(length)
-            if arena is None and self.on_short is not None and memory.available() < length:
+            if arena is None and self.on_short is not None and _is_short(length):
                 self._ask_back(length)
                 arena = self._fitting(length)
             if arena is None:
                 for outgrown in [one for one in self._kept if one.holders == 0]:
                     self._kept.remove(outgrown)
                     outgrown.close()
-                arena = Arena(length)
+                arena = self._made(length)
                 self._kept.append(arena)
             arena.holders += 1
             return arena
+
+    def _made(self, length: int) -> Arena:
+        if self.directory is None or not _is_short(length):
+            return Arena(length)
+        try:
+            arena, refused = Arena(length, self.directory), None
+        except OSError as error:
+            arena, refused = Arena(length), error
+        self.on_spilled(refused)
+        return arena
 
     def _fitting(self, length: int) -> Arena | None:
         free = [one for one in self._kept if one.holders == 0 and one.length >= length]
@@ -81,8 +113,11 @@ class Arenas:
     def _ask_back(self, length: int) -> None:
         assert self.on_short is not None, "checked by who calls"
         self.on_short(length, memory.available())
+        if self._asked and not self._sent:
+            return  # the supervisor has nothing of ours, nor of the process before this one
+        self._asked = True
         until_s = time.monotonic() + _GIVEN_BACK_WITHIN_S
-        while self._fitting(length) is None and memory.available() < length:
+        while self._fitting(length) is None and _is_short(length):
             # It may come as one of ours, or, from the process before this one, as free memory.
             if not self._lock.wait(_POLL_S) and time.monotonic() > until_s:
                 return  # it is being written, or there was none: try without
@@ -110,4 +145,17 @@ class Arenas:
                 arena.close()
 
     def _worth_keeping(self, arena: Arena) -> bool:
-        return len(self._kept) <= _KEPT_MAX and memory.available() >= arena.length
+        if arena.spilled or len(self._kept) > _KEPT_MAX:
+            return False
+        return memory.available() >= arena.length
+
+
+def _is_short(length: int) -> bool:
+    return memory.available() < length + _SPARE
+
+
+def _reserved(directory: Path, length: int) -> int:
+    """A file without a name of so many bytes: writing into its mapping can't fail any more."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        os.posix_fallocate(file.fileno(), 0, length)
+        return os.dup(file.fileno())

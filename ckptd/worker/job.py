@@ -193,7 +193,8 @@ class LaunchedJob(Job):
         hello = wire.Hello(wire.PROTOCOL, os.getpid(), _rank(), _world_size(), facts)
         self._link = Link(address, hello, self._arenas)
         welcome = self._link.welcome
-        self._run = Path(welcome.run)
+        self._run = self._arenas.directory = Path(welcome.run)
+        self._arenas.on_spilled = self._spilled
         self.words = self._link.page.words
         self.answered = 0
         self.vars = _CheckedVars()
@@ -332,6 +333,18 @@ class LaunchedJob(Job):
         else:
             self._arenas.let_go(captured.arena)
         return self._generation
+
+    def _spilled(self, refused: OSError | None) -> None:
+        """There was no memory for a snapshot beside the training."""
+        text = "there is not enough memory for a snapshot beside the training: "
+        if refused is None:
+            text += f"it goes through a file in {self._run}, which takes longer"
+        else:
+            text += (
+                f"the disk has no room for it either ({refused.strerror}), so it takes what memory "
+                "there is; the kernel may kill the job for it, and the last checkpoint stands"
+            )
+        self.say_once(text)
 
     def drop_snapshot(self) -> None:
         if self._kept is not None:

@@ -6,18 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import BOUND_S, SCRIPTS, Workshop
+from conftest import BOUND_S, SCRIPTS, Workshop, limited
 
 SCRIPT = str(SCRIPTS / "injected.py")
-MEMORY = Path("/sys/fs/cgroup/memory")
 PY_SPY = Path(sys.executable).with_name("py-spy")
-WITHOUT_PY_SPY = "PATH=/usr/bin:/bin"
+WITHOUT_PY_SPY = ("env", "PATH=/usr/bin:/bin")
 pytestmark = pytest.mark.real
 
 
@@ -29,12 +27,14 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
     return (workshop.path / "result").read_text()
 
 
-def run(workshop: Workshop, expected: str, fault: str, *options: str, before: str = "") -> str:
+def run(
+    workshop: Workshop, expected: str, fault: str, *options: str, through: Sequence[str] = ()
+) -> str:
     """Launch the script; what the supervisor said. It must finish with the plain script's bits."""
     result = workshop.path / "result"
     command = [*workshop.command(*options), sys.executable, SCRIPT, fault, str(result)]
     launched = subprocess.run(
-        ["sh", "-c", f'{before} exec "$@"', "sh", *command],
+        [*through, *command],
         cwd=workshop.path,
         env=workshop.environment(),
         capture_output=True,
@@ -74,7 +74,7 @@ def test_death(workshop: Workshop, expected: str, fault: str, code: int) -> None
 )
 def test_hang(workshop: Workshop, expected: str, fault: str, where: str) -> None:
     """Killed and started again; the log says where it hung, as far as anybody can tell."""
-    said = run(workshop, expected, fault, "--hang-after", "3", before=WITHOUT_PY_SPY)
+    said = run(workshop, expected, fault, "--hang-after", "3", through=WITHOUT_PY_SPY)
     assert "the job hangs" in said
     assert ends(workshop)[0]["event"] == "hang"
     log = (workshop.path / "runs/job/log").read_text()
@@ -85,8 +85,8 @@ def test_hang(workshop: Workshop, expected: str, fault: str, where: str) -> None
 @pytest.mark.skipif(not PY_SPY.exists(), reason=f"no {PY_SPY}: pip install py-spy")
 def test_hang_seen_by_py_spy(workshop: Workshop, expected: str) -> None:
     """It looks from outside, so that also a process which ignores everything is seen."""
-    before = f"PATH={PY_SPY.parent}:$PATH"
-    run(workshop, expected, "ignores everything", "--hang-after", "3", before=before)
+    through = ("env", f"PATH={PY_SPY.parent}:{os.environ['PATH']}")
+    run(workshop, expected, "ignores everything", "--hang-after", "3", through=through)
     assert "ignore_everything (" in (workshop.path / "runs/job/log").read_text()
 
 
@@ -110,25 +110,10 @@ def test_stopped_is_no_hang(workshop: Workshop, expected: str) -> None:
     assert result.read_text() == expected
 
 
-@contextmanager
-def limited(length: int) -> Iterator[Path]:
-    """A control group that may use so many bytes."""
-    group = MEMORY / f"ckptd-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(length))
-    except OSError as error:
-        pytest.skip(f"no control group can be made here: {error}")
-    try:
-        yield group
-    finally:
-        group.rmdir()
-
-
 def test_out_of_memory(workshop: Workshop, expected: str) -> None:
     """The kernel kills it at its group's limit: that is said, with the limit."""
-    with limited(1 << 30) as group:
-        said = run(workshop, expected, "out of memory", before=f"echo $$ > {group}/cgroup.procs;")
+    with limited(1 << 30) as through:
+        said = run(workshop, expected, "out of memory", through=through)
     assert "SIGKILL" in said
     assert "the kernel killed a process of its control group, which may use 1024 MiB" in said
     assert "out of memory" in str(ends(workshop)[0]["cause"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS, Workshop
+from conftest import BOUND_S, SCRIPTS, Workshop, limited
 
 pytestmark = pytest.mark.real
 
@@ -70,4 +71,30 @@ def test_cadence(workshop: Workshop, tmp_path: Path) -> None:
     assert starts == [(None, "disk"), (12, "memory")]
     durable = [one["step"] for one in events if one["event"] == "durable"]
     assert durable == [12], "made durable when the worker had died, and not before"
+    assert (tmp_path / "out").read_text() == (tmp_path / "plain").read_text()
+
+
+def test_no_memory_for_a_snapshot(workshop: Workshop, tmp_path: Path) -> None:
+    """A control group with no room for the state a second time: the snapshots go through a file,
+    each is durable, nobody is killed for want of memory, and it continues bit for bit."""
+    script = str(SCRIPTS / "short_of_memory.py")
+    workshop.plain(sys.executable, script, str(tmp_path / "plain"))
+    command = [*workshop.command(), sys.executable, script, str(tmp_path / "out")]
+    with limited(640 << 20) as through:
+        done = subprocess.run(
+            [*through, *command],
+            cwd=workshop.path,
+            env=workshop.environment(),
+            capture_output=True,
+            text=True,
+            timeout=BOUND_S,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "a snapshot needs 256 MiB of memory" in done.stderr
+    assert "it goes through a file in" in done.stderr
+    events = workshop.journal()
+    ends = [(one["code"], one["step"]) for one in events if one["event"] == "exited"]
+    assert ends == [(-9, 2), (0, 4)], "killed by itself, and by nobody else"
+    assert [one["step"] for one in events if one["event"] == "durable"] == [1, 2, 3, 4]
     assert (tmp_path / "out").read_text() == (tmp_path / "plain").read_text()

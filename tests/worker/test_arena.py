@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -122,3 +123,29 @@ def test_short_memory_that_nobody_gives_back(monkeypatch: pytest.MonkeyPatch) ->
     first = arenas.take(5000)
     assert arenas.take(5000) is not first
     assert asked == [(5000, 0)] * 2
+
+
+def test_no_memory_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It lies in a file without a name, which is given back to the disk after one use."""
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    arenas, said = Arenas(), []
+    arenas.on_short = lambda *_: None
+    arenas.directory, arenas.on_spilled = tmp_path, said.append
+    first = arenas.take(50_000)
+    assert os.fstat(first.descriptor).st_dev == tmp_path.stat().st_dev
+    assert os.fstat(first.descriptor).st_blocks * 512 >= 50_000, "its room is not reserved"
+    assert list(tmp_path.iterdir()) == []
+    first.mapping[-1:] = b"x"
+    arenas.let_go(first)
+    assert first.mapping.closed
+    assert said == [None]
+
+
+def test_neither_memory_nor_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the disk refuses too is tried in memory, and said."""
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    arenas, said = Arenas(), []
+    arenas.directory, arenas.on_spilled = tmp_path / "gone", said.append
+    arenas.let_go(arenas.take(5000))
+    (refused,) = said
+    assert isinstance(refused, FileNotFoundError)
