@@ -39,7 +39,6 @@ class Interruption:
         moment, _, self.signal = os.environ.get("INTERRUPT", ":").partition(":")
         self.moment = moment
         self.once = Path(os.environ.get("INTERRUPT_ONCE", "/nonexistent/marker"))
-        self.supervisor = os.getppid()
         self.job = None
         self.flushing = False
 
@@ -79,7 +78,7 @@ class Interruption:
         elif self.signal == "KILL supervisor":
             self._signal_and_see(signal.SIGKILL)
         elif self.flushing_already():
-            os.kill(self.supervisor, getattr(signal, f"SIG{self.signal}"))
+            os.kill(self.job._link.supervisor_pid(), getattr(signal, f"SIG{self.signal}"))
         else:
             self._signal_and_see(getattr(signal, f"SIG{self.signal}"))
 
@@ -87,7 +86,7 @@ class Interruption:
         """Until a request arrives, or the supervisor is gone."""
         before = self.job.words[0]
         wait_until(
-            lambda: self.job.words[0] != before or os.getppid() != self.supervisor,
+            lambda: self.job.words[0] != before or self.job._link.orphaned,
             "an interruption",
             _WAIT_BOUND_S,
         )
@@ -97,4 +96,4 @@ class Interruption:
 
     def _signal_and_see(self, number):
         """Send it to the supervisor, and go on when the request has arrived at this process."""
-        signal_and_see(self.job, lambda: os.kill(self.supervisor, number))
+        signal_and_see(self.job, lambda: os.kill(self.job._link.supervisor_pid(), number))

@@ -236,6 +236,44 @@ def test_two_tasks_of_one_srun(
     assert cluster.processes(job) == []
 
 
+def behind_srun(cluster: Cluster, workshop: Workshop) -> Batch:
+    """A job whose training is a step of its own: no descendant of ckptd, but of slurmstepd."""
+    words = f"--dir {workshop.path}/runs -- srun --ntasks=1 {TRAIN} {workshop.path} 0"
+    return Batch(cluster, workshop, body=f"exec {LAUNCH} {words}\n")
+
+
+@pytest.mark.parametrize("how", ["USR1 to the batch process", "preempted", "scancel"])
+def test_behind_srun(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes], how: str
+) -> None:
+    """`ckptd launch -- srun python train.py`: saved, put back, continued; cancelled, it stays so."""
+    batch = behind_srun(cluster, workshop)
+    job = begun(batch, "--exclusive")
+    if how == "preempted":
+        cluster.wait_for(preempt(cluster, cluster.show(job)["NodeList"]), JobState="COMPLETED")
+    elif how == "scancel":
+        cluster.do("scancel", job)
+        cluster.wait_for(job, JobState="CANCELLED")
+        batch.wait_until(lambda: cluster.processes(job) == [], "the end of the step")
+        cluster.do("scontrol", "requeue", job)
+    else:
+        cluster.do("scancel", "--batch", "--signal=USR1", job)
+    cluster.start_requeued(job)
+    check_end(cluster, batch, job, reference)
+    assert any(event["event"] == "restored" for event in workshop.journal(f"slurm-{job}"))
+
+
+def test_srun_is_killed(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
+) -> None:
+    """The task that it leaves behind is ended before the next one is started."""
+    batch = behind_srun(cluster, workshop)
+    job = begun(batch)
+    (pid,) = [event["pid"] for event in workshop.journal(f"slurm-{job}") if "pid" in event][:1]
+    psutil.Process(pid).kill()
+    check_end(cluster, batch, job, reference)
+
+
 def test_the_batch_process_is_killed(
     cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
 ) -> None:
