@@ -246,7 +246,7 @@ def behind_srun(cluster: Cluster, workshop: Workshop) -> Batch:
 def test_behind_srun(
     cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes], how: str
 ) -> None:
-    """`ckptd launch -- srun python train.py`: saved, put back, continued; cancelled, it stays so."""
+    """`ckptd launch -- srun python train.py`: saved, put back into the queue, continued."""
     batch = behind_srun(cluster, workshop)
     job = begun(batch, "--exclusive")
     if how == "preempted":
