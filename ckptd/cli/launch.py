@@ -188,6 +188,7 @@ def command(
     )
     check_command(argv[0])
     terminal = Terminal()
+    click.get_current_context().call_on_close(terminal.drain)
     host = hosts.recognised(os.environ, host_name)
     if described := host.described():
         terminal.say(described)
