@@ -219,7 +219,7 @@ def command(
     if detach:
         os.close(lock)
         return _detach(jobs, run)
-    cloud = clouds.recognised(os.environ, cloud_name)
+    cloud = clouds.recognised(os.environ, terminal.say, cloud_name)
     if cloud is not None:
         terminal.say(f"listening to notices of {cloud.name}")
     loop = Loop(run, policy, lock, RealClock(), terminal, host, cloud)
