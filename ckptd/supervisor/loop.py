@@ -479,7 +479,7 @@ class Loop:
         if code is not None:
             self._forget(attempt.child)
             self._hear_worker_out(attempt)
-            cause = ("" if code == 0 else attempt.oom.found()) or ""
+            cause = ("" if code == 0 else attempt.oom.found(code)) or ""
             if code != 0:
                 self._last_failure = f"{described(code)} {cause}".rstrip()
             self._tell(machine.Exited(code, self._step(), cause))

@@ -23,7 +23,6 @@ from ckptd.supervisor.run import Run
 
 SCRIPT = str(SCRIPTS / "injected.py")
 PY_SPY = Path(sys.executable).with_name("py-spy")
-WITHOUT_PY_SPY = ("env", "PATH=/usr/bin:/bin")
 #: Steps at which the script has states, see there: the safe point after the item takes them.
 DURABLE, HELD = 5, 9
 HANG_AFTER_S = 4
@@ -39,12 +38,29 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
     return (workshop.path / "result").read_text()
 
 
+def without_py_spy(path: Path) -> Path:
+    """This Python in an environment of its own, with the same libraries and no programs."""
+    (path / "bin").mkdir(parents=True)
+    (path / "lib").symlink_to(Path(sys.prefix, "lib"))
+    home = Path(sys.base_prefix, "bin")
+    (path / "pyvenv.cfg").write_text(f"home = {home}\n")
+    python = path / "bin/python"
+    python.symlink_to(home / "python3")
+    return python
+
+
 def run(
-    workshop: Workshop, expected: str, fault: str, *options: str, through: Sequence[str] = ()
+    workshop: Workshop,
+    expected: str,
+    fault: str,
+    *options: str,
+    through: Sequence[str] = (),
+    python: str | Path = sys.executable,
 ) -> str:
     """Launch the script; what the supervisor said. It must finish with the plain script's bits."""
     result = workshop.path / "result"
-    command = [*workshop.command(*OFTEN, *options), sys.executable, SCRIPT, fault, str(result)]
+    command = [*workshop.command(*OFTEN, *options), str(python), SCRIPT, fault, str(result)]
+    command[0] = str(python)
     launched = subprocess.run(
         [*through, *command],
         cwd=workshop.path,
@@ -98,7 +114,10 @@ def test_death(workshop: Workshop, expected: str, fault: str, code: int) -> None
 )
 def test_hang(workshop: Workshop, expected: str, fault: str, where: str) -> None:
     """Killed and started again; the log says where it hung, as far as anybody can tell."""
-    said = run(workshop, expected, fault, "--hang-after", str(HANG_AFTER_S), through=WITHOUT_PY_SPY)
+    python = without_py_spy(workshop.path / "bare")
+    through = ("env", f"PATH={python.parent}:/usr/bin:/bin")
+    options = ("--hang-after", str(HANG_AFTER_S))
+    said = run(workshop, expected, fault, *options, through=through, python=python)
     assert "the job hangs" in said
     assert ends(workshop)[0]["event"] == "hang"
     log = (workshop.path / "runs/job/log").read_text()
@@ -108,8 +127,9 @@ def test_hang(workshop: Workshop, expected: str, fault: str, where: str) -> None
 
 @pytest.mark.skipif(not PY_SPY.exists(), reason=f"no {PY_SPY}: pip install py-spy")
 def test_hang_seen_by_py_spy(workshop: Workshop, expected: str) -> None:
-    """It looks from outside, so that also a process which ignores everything is seen."""
-    through = ("env", f"PATH={PY_SPY.parent}:{os.environ['PATH']}")
+    """It looks from outside, so that also a process which ignores everything is seen. It is found
+    beside the interpreter, whatever PATH says."""
+    through = ("env", "PATH=/usr/bin:/bin")
     run(
         workshop, expected, "ignores everything", "--hang-after", str(HANG_AFTER_S), through=through
     )
