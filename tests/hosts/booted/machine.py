@@ -41,24 +41,34 @@ def missing() -> str | None:
     return None
 
 
+class MachineError(Exception):
+    """No machine can be made or booted here."""
+
+
 class Machine:
     """One machine, off at first.
 
     Args:
         path: where its files lie.
         shared: directories that are in it at their own paths, writable.
+
+    Raises:
+        MachineError: no Debian can be installed: no network, no mirror.
     """
 
     def __init__(self, path: Path, shared: list[Path]) -> None:
         self.root = path / "root"
-        subprocess.run(
+        made = subprocess.run(
             [
                 *("mmdebstrap", "--variant=minbase", "--quiet"),
                 *(f"--include={','.join(_PACKAGES)}", "bookworm", str(self.root)),
             ],
-            check=True,
+            check=False,
             capture_output=True,
+            text=True,
         )
+        if made.returncode != 0:
+            raise MachineError(f"mmdebstrap can't install a Debian: {made.stderr[-500:]}")
         (self.root / "root").chmod(0o755)  # Python may lie below it
         subprocess.run(["useradd", "--root", str(self.root), "-m", "ada"], check=True)
         read_only = {Path(sys.base_prefix), Path(sys.prefix), REPOSITORY}
@@ -70,7 +80,11 @@ class Machine:
         self._keeper: threading.Thread | None = None
 
     def on(self) -> None:
-        """Boot it, and wait until its services were started."""
+        """Boot it, and wait until its services were started.
+
+        Raises:
+            MachineError: it does not come up.
+        """
         self._off.clear()
         self._keeper = threading.Thread(target=self._keep, daemon=True)
         self._keeper.start()
@@ -108,7 +122,7 @@ class Machine:
             words = text.split()
             if len(words) == 2 and words[0] != before and words[1] in ("running", "degraded"):
                 return words[0]
-        raise RuntimeError(f"it is not up: {self._console.read_text(errors='replace')[-2000:]}")
+        raise MachineError(f"it is not up: {self._console.read_text(errors='replace')[-2000:]}")
 
     def run(self, command: str, user: str | None = None) -> str:
         """Run a shell command in it; its output.
