@@ -18,7 +18,6 @@ import mmap
 import os
 import signal
 import socket
-import struct
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,10 +90,7 @@ class Link:
 
     def supervisor_pid(self) -> int:
         """The process at the other end; not always our parent: a launcher may stand between."""
-        credentials = self._socket.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
-        )
-        return int(struct.unpack("3i", credentials)[0])
+        return sockets.peer_pid(self._socket)
 
     def receipt(self, generation: int) -> wire.Durable | wire.NotDurable | None:
         """Wait for what became of a snapshot; None: the supervisor died before it said."""
@@ -110,8 +106,9 @@ class Link:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, self._notice)
 
-        if signal.getsignal(stacks.SIGNAL) is signal.SIG_DFL:
-            # For a supervisor that finds that this process hangs; loader workers inherit it.
+        if signal.getsignal(stacks.SIGNAL) in (signal.SIG_DFL, signal.SIG_IGN):
+            # For a supervisor that finds that this process hangs; loader workers inherit it. It is
+            # ignored by what a shell has started with "&".
             faulthandler.register(stacks.SIGNAL, file=_STDERR, all_threads=True)
 
     def drain_output(self) -> None:
