@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from ckptd.errors import DamagedError, NotDurableError
@@ -227,7 +228,11 @@ def _described(content: Content) -> File:
 
 
 def newest(
-    disk: Disk, checkpoints: Path, *, skip: int = 0
+    disk: Disk,
+    checkpoints: Path,
+    *,
+    skip: int = 0,
+    distrusted: Mapping[Path, str] = MappingProxyType({}),
 ) -> tuple[Checkpoint | None, list[SetAside]]:
     """The newest sound checkpoint; damaged ones that are newer are set aside.
 
@@ -235,6 +240,7 @@ def newest(
         disk: where they are.
         checkpoints: their directory.
         skip: how many of the newest ones to leave out, unread.
+        distrusted: those that who loaded them found damaged, and why; they are set aside, too.
 
     Returns:
         The checkpoint (None: there is none), verified to the last bit, and what was set aside.
@@ -246,6 +252,8 @@ def newest(
     for name in retention.newest_first(disk.names(checkpoints))[skip:]:
         path = checkpoints / name
         try:
+            if path in distrusted:
+                raise DamagedError(distrusted[path])
             return Checkpoint(path, verify(disk, path)), set_aside
         except DamagedError as error:
             set_aside.append(SetAside(_set_aside(disk, path), str(error)))

@@ -22,11 +22,12 @@ from ckptd.store import store
 
 @dataclass(frozen=True)
 class Job:
-    """A snapshot to publish; the memfd stays the caller's. `attempt`: whose it is."""
+    """A snapshot to publish; the memfd stays the caller's. `attempt`: whose; `came_s`: when."""
 
     snapshot: wire.Snapshot
     descriptor: int
     attempt: int
+    came_s: float = 0.0
 
 
 @dataclass(frozen=True)

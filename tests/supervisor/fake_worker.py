@@ -40,6 +40,9 @@ class Worker:
             self.send(wire.Restored(self.step, 0.0))
             print("from memory", self.step, flush=True)
         elif self.welcome.checkpoint is not None:
+            if options.doubts is not None and self.welcome.checkpoint.endswith(options.doubts):
+                self.send(wire.Refused("DamagedError", "its tensors can't be read"))
+                sys.exit(1)
             state = json.loads(Path(self.welcome.checkpoint, "state.json").read_text())
             self.step = state["step"]
             self.send(wire.Restored(self.step, 0.0))
@@ -81,6 +84,8 @@ class Worker:
         print("receipt", type(receipt).__name__, flush=True)
         while self.options.stay:
             time.sleep(60)
+        while self.options.linger and not self.options.linger.exists():
+            time.sleep(STEP_S)
         self.send(wire.Bye(finished=False))
         sys.exit(75 if isinstance(receipt, wire.Durable) else 74)
 
@@ -117,6 +122,8 @@ def main():
     parser.add_argument("--stay", action="store_true", help="do not end after the receipt")
     parser.add_argument("--mute", action="store_true", help="finish without saying so")
     parser.add_argument("--refuse", help="say that starting again would not help")
+    parser.add_argument("--doubts", help="say that the checkpoint of this name is damaged")
+    parser.add_argument("--linger", type=Path, help="after the receipt, wait for this file")
     parser.add_argument("--say", help="something for the user")
     options = parser.parse_args()
     # Signals to the worker's own process mean nothing to it: it is asked through the page.
