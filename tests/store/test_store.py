@@ -158,6 +158,21 @@ def test_prune_never_drops_the_newest(checkpoints: Path, keep: int) -> None:
     assert DISK.names(checkpoints) == ["000000002"]
 
 
+def test_prune_removes_whatever_has_a_temporary_name(checkpoints: Path) -> None:
+    """A stray file or link of a temporary name goes, and so does an old checkpoint that is a link;
+    where the link points to nothing is touched."""
+    moved = checkpoints.parent / "moved"
+    publish(checkpoints, 1).path.rename(moved)
+    (checkpoints / "000000001").symlink_to(moved)
+    publish(checkpoints, 2)
+    (checkpoints / ".tmp-file").write_bytes(b"x")
+    (checkpoints / ".tmp-link").symlink_to(moved)
+    (checkpoints / ".drop-dangling").symlink_to("none")
+    assert store.prune(DISK, checkpoints, keep=1) == ["000000001"]
+    assert DISK.names(checkpoints) == ["000000002"]
+    assert DISK.names(moved) == sorted([*FILES, manifest.NAME])
+
+
 def test_names_order_by_number() -> None:
     """Steps and repetitions are numbers, not text; other names are no checkpoints."""
     names = ["000000002.10", "000000002.9", "1000000000", "999999999", "000000002", "000000010"]
