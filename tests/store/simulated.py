@@ -19,7 +19,9 @@ import itertools
 import math
 import os
 import random
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -221,6 +223,12 @@ class SimulatedDisk:
         """Change a file's content, as a bad sector does."""
         self._file(path).content = content
 
+    def lose(self, path: Path) -> None:
+        """Remove a directory, if it is there, as somebody does who needs the room; not synced."""
+        with suppress(FileNotFoundError):
+            self._directory(path)
+            self._parent(path).change({path.name: None})
+
     def fingerprint(self) -> object:
         """What a reader of the whole disk finds."""
         return _fingerprint(self.tree)
@@ -366,6 +374,9 @@ class FailingRealDisk(RealDisk):
 
     def damage(self, path: Path, content: bytes) -> None:
         path.write_bytes(content)
+
+    def lose(self, path: Path) -> None:
+        shutil.rmtree(path, ignore_errors=True)
 
     def _begin(self, path: Path) -> None:
         if ending := self.fault.due(path):

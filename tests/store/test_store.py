@@ -90,6 +90,26 @@ def test_one_step_published_twice(checkpoints: Path) -> None:
     assert store.newest(DISK, checkpoints)[0].step == 6
 
 
+def test_a_lower_step_supersedes_the_higher_ones(checkpoints: Path) -> None:
+    """A job that went on from 200 publishes 250: 250 is the newest, 300 and 400 are kept under
+    another name, listed, and in nobody's way; they are not pruned."""
+    for step in (200, 300, 300, 400):
+        publish(checkpoints, step)
+    made = publish(checkpoints, 250)
+    assert store.newest(DISK, checkpoints) == (made, [])
+    aside = [f"000000{name}.superseded" for name in ("300.1", "300", "400")]
+    assert DISK.names(checkpoints) == ["000000200", "000000250", *sorted(aside)]
+    assert store.prune(DISK, checkpoints, keep=1) == ["000000200"]
+    assert publish(checkpoints, 300).path.name == "000000300"
+    assert publish(checkpoints, 260).path.name == "000000260"
+    rows = store.listing(DISK, checkpoints)
+    assert [row.path.name for row in rows] == [
+        *("000000260", "000000250"),
+        *sorted([*aside, "000000300.superseded-2"]),
+    ]
+    assert {row.state for row in rows[2:]} == {"set aside: superseded"}
+
+
 def test_a_leftover_of_the_same_name_is_no_obstacle(checkpoints: Path) -> None:
     """What a crash left under the temporary name is replaced, none of it published."""
     leftover = checkpoints / ".tmp-000000001-1"
