@@ -163,8 +163,7 @@ class RealDisk:
     def stream(self, path: Path) -> Iterator[memoryview]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            _regular(path, os.fstat(descriptor))
-            yield from _streamed(descriptor)
+            yield from _streamed(descriptor, _regular(path, os.fstat(descriptor)).st_size)
         except OSError as error:
             raise _named(error, path) from error
         finally:
@@ -186,26 +185,52 @@ def free(path: Path) -> int:
 
 
 def _read_all(mapping: mmap.mmap, path: Path) -> None:
-    """Bring a mapped file into memory, so that a disk that fails is an error and not a SIGBUS."""
     # It is read from begin to end: the disk is then asked for much at once, and ahead.
     mapping.madvise(mmap.MADV_SEQUENTIAL)
     try:
         for at in range(0, len(mapping), _READ):  # other threads get their turn in between
-            mapping.madvise(_MADV_POPULATE_READ, at, min(_READ, len(mapping) - at))
+            if not _populated(mapping, at):
+                return  # it is read when it is looked at
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            return  # a kernel before 5.14: it is read when it is looked at
-        if error.errno == errno.EFAULT:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path)) from error
         raise _named(error, path) from error
 
 
-def _streamed(descriptor: int) -> Iterator[memoryview]:
-    # Not mapped: that takes as much memory as the file is long, longer than copying pieces that
-    # stay in the processor's cache, and a SIGBUS where the file shrinks meanwhile.
+def _populated(mapping: mmap.mmap, at: int) -> bool:
+    """Bring some of a mapped file into memory, so that a disk that fails is no SIGBUS.
+
+    False: this kernel can't (before 5.14).
+    """
+    try:
+        mapping.madvise(_MADV_POPULATE_READ, at, min(_READ, len(mapping) - at))
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
+
+
+def _streamed(descriptor: int, length: int) -> Iterator[memoryview]:
+    if length == 0:
+        return
+    # Where the system caches files in large pages, a mapping saves a third of the time.
+    with mmap.mmap(descriptor, length, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as all_:
+        mapping.madvise(mmap.MADV_SEQUENTIAL)
+        for at in range(0, length, _READ):
+            if not _populated(mapping, at):
+                break
+            with all_[at : at + _READ] as piece:
+                yield piece
+            mapping.madvise(mmap.MADV_DONTNEED, at, min(_READ, length - at))
+        else:
+            return
+    yield from _copied(descriptor, at)
+
+
+def _copied(descriptor: int, at: int) -> Iterator[memoryview]:
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     with memoryview(bytearray(_PIECE)) as buffer:
-        at = 0
         while count := os.preadv(descriptor, [buffer], at):
             yield buffer[:count]
             at += count

@@ -18,6 +18,7 @@ Rules (FORMAT.md has them as invariants of what is on the disk):
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from ckptd.store import manifest as manifests
 from ckptd.store import retention
 from ckptd.store.manifest import File, Manifest
 
+#: There is something else in the place of a file or a directory, or nothing.
+_NOT_THERE: Final = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
 _PIECES: Final = 64
 _PIECE_BYTES: Final = 512
 
@@ -212,12 +215,10 @@ def _earlier(
 ) -> _Earlier | None:
     neighbours = [checkpoints / name for name in (*newer[-1:], *older[:1])]
     for name in older[1:2]:
-        path = checkpoints / name / manifests.NAME
         try:
-            manifest = manifests.decode(bytes(_read(disk, path)), str(path))
+            return _Earlier(checkpoints / name, _manifest(disk, checkpoints / name), neighbours)
         except (DamagedError, OSError):
             return None  # everything is written: what is wrong there is not this publish's matter
-        return _Earlier(path.parent, manifest, neighbours)
     return None
 
 
@@ -235,7 +236,7 @@ def _linked(
         with memoryview(content) as whole, whole.cast("B") as new:
             if len(new) != there.length or not _alike(disk, source, new):
                 return False
-        if summing.result() != there or _described(_read(disk, source)) != there:
+        if summing.result() != there or manifests.described(disk.stream(source)) != there:
             return False
     except (DamagedError, OSError):
         return False  # the same
@@ -260,7 +261,7 @@ def _alike(disk: Disk, old: Path, new: memoryview) -> bool:
 
 def _described(content: Content) -> File:
     with memoryview(content) as whole, whole.cast("B") as view:
-        return File(len(view), manifests.sum_of(view))
+        return manifests.described([view])
 
 
 def newest(
@@ -300,31 +301,34 @@ def verify(disk: Disk, path: Path) -> Manifest:
     """
     try:
         names = disk.names(path)
-    except NotADirectoryError as error:
-        raise DamagedError(f"{path}: not a directory: it is no checkpoint") from error
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            raise DamagedError(f"{path}: {error.strerror}: it is no checkpoint") from error
+        raise
     if manifests.NAME not in names:
         raise DamagedError(f"{path}: has no {manifests.NAME}: it is no whole checkpoint")
-    manifest = manifests.decode(
-        bytes(_read(disk, path / manifests.NAME)), str(path / manifests.NAME)
-    )
+    manifest = _manifest(disk, path)
     order = retention.order_of(path.name)
     if order is not None and order[0] != manifest.step:
         raise DamagedError(f"{path}: its manifest says step {manifest.step}: it was renamed")
     for name, expected in manifest.files.items():
         if name not in names:
             raise DamagedError(f"{path / name}: missing; expected {expected.length} bytes")
-        with memoryview(_read(disk, path / name)) as content:
-            if len(content) != expected.length:
-                raise DamagedError(
-                    f"{path / name}: {len(content)} bytes, expected {expected.length}"
-                )
-            found = manifests.sum_of(content)
-        if found != expected.xxh3_128:
-            raise DamagedError(
-                f"{path / name}: its xxh3-128 is {found}, expected {expected.xxh3_128}: "
-                "its content was changed"
-            )
+        _compare(disk, path / name, expected)
     return manifest
+
+
+def _compare(disk: Disk, path: Path, expected: File) -> None:
+    # Before it is read: what a broken file system says may be more than can ever be.
+    length = _size(disk, path)
+    if length != expected.length:
+        raise DamagedError(f"{path}: {length} bytes, expected {expected.length}")
+    found = manifests.described(disk.stream(path))
+    if found != expected:
+        raise DamagedError(
+            f"{path}: its xxh3-128 is {found.xxh3_128}, expected {expected.xxh3_128}: "
+            "its content was changed"
+        )
 
 
 def listing(disk: Disk, checkpoints: Path) -> list[Listed]:
@@ -334,9 +338,7 @@ def listing(disk: Disk, checkpoints: Path) -> list[Listed]:
     for name in retention.newest_first(names):
         path = checkpoints / name
         try:
-            manifest = manifests.decode(
-                bytes(_read(disk, path / manifests.NAME)), str(path / manifests.NAME)
-            )
+            manifest = _manifest(disk, path)
         except DamagedError as error:
             rows.append(Listed(path, -1, -1, 0, 0.0, f"damaged: {error}"))
             continue
@@ -401,17 +403,22 @@ def _put_aside(disk: Disk, path: Path, why: str) -> Path:
     return path.parent / name
 
 
-def _read(disk: Disk, path: Path) -> Content:
-    """A file's content; that it is no regular file is damage, that it can't be read is not."""
+def _manifest(disk: Disk, checkpoint: Path) -> Manifest:
+    path = checkpoint / manifests.NAME
+    length = _size(disk, path)
+    if length > manifests.BYTES_MAX:
+        raise DamagedError(f"{path}: {length} bytes, expected at most {manifests.BYTES_MAX}")
+    return manifests.decode(bytes(disk.read(path)), str(path))
+
+
+def _size(disk: Disk, path: Path) -> int:
+    """A file's length; that it is no regular file is damage, that it can't be asked is not."""
     try:
-        disk.size(path)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise DamagedError(f"{path}: {error.strerror}") from error
+        return disk.size(path)
     except OSError as error:
-        if error.strerror == "not a regular file":
-            raise DamagedError(f"{path}: not a regular file") from error
+        if error.errno in _NOT_THERE or error.strerror == "not a regular file":
+            raise DamagedError(f"{path}: {error.strerror}") from error
         raise
-    return disk.read(path)
 
 
 def _discard(disk: Disk, temporary: Path) -> None:

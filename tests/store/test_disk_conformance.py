@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import mmap
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from simulated import Fault, PowerCut, SimulatedDisk
 
+from ckptd.host import disk as disks
 from ckptd.host.disk import Disk, RealDisk
 
 
@@ -172,6 +174,31 @@ def test_a_stream_is_the_content(disk: Disk, tmp_path: Path, length: int) -> Non
     content = bytes(at >> 12 & 255 for at in range(length))
     disk.write(tmp_path / "f", content)
     assert b"".join(map(bytes, disk.stream(tmp_path / "f"))) == content
+
+
+def test_a_stream_on_an_old_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A kernel that does not know how to bring a mapping into memory: the same content."""
+    content = bytes(at >> 12 & 255 for at in range((5 << 20) + 3))
+    RealDisk().write(tmp_path / "f", content)
+    monkeypatch.setattr(disks, "_MADV_POPULATE_READ", 999)
+    assert b"".join(map(bytes, RealDisk().stream(tmp_path / "f"))) == content
+    assert bytes(RealDisk().read(tmp_path / "f")) == content
+
+
+def test_a_stream_that_is_left_lets_go(tmp_path: Path) -> None:
+    """Whoever stops in the middle leaves no descriptor and no mapping behind."""
+    RealDisk().write(tmp_path / "f", bytes(9 << 20))
+
+    def held() -> int:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").count(str(tmp_path))
+        return maps + len(list(Path("/proc/self/fd").iterdir()))
+
+    before = held()
+    for piece in RealDisk().stream(tmp_path / "f"):
+        assert len(piece) < 9 << 20
+        break
+    gc.collect()
+    assert held() == before
 
 
 def test_only_regular_files_are_read(disk: Disk, tmp_path: Path) -> None:

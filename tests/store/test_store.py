@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -75,14 +77,14 @@ def test_nothing_published_is_nothing_found(checkpoints: Path) -> None:
 def test_any_buffer_is_published(checkpoints: Path) -> None:
     """Lengths are in bytes, also for a view of wider elements."""
     wide = memoryview(bytes(range(64))).cast("d")
-    found = publish(checkpoints, 1, files={"wide": wide, "array": bytearray(b"abc")})
+    found = publish(checkpoints, 1, files={**FILES, "wide": wide, "array": bytearray(b"abc")})
     assert found.manifest.files["wide"].length == 64
     assert store.verify(DISK, found.path) == found.manifest
 
 
 def test_one_step_published_twice(checkpoints: Path) -> None:
     """Checkpoints of one step are called ".1", ".2" …; the last one is the newest."""
-    names = [publish(checkpoints, 5, files={"n": b"%d" % i}).path.name for i in range(12)]
+    names = [publish(checkpoints, 5, files={**FILES, "n": b"%d" % i}).path.name for i in range(12)]
     assert names == ["000000005", *(f"000000005.{i}" for i in range(1, 12))]
     found, _ = store.newest(DISK, checkpoints)
     assert DISK.read(found.path / "n")[:] == b"11"
@@ -148,9 +150,11 @@ def test_a_refusal_is_not_durable(tmp_path: Path, at: int) -> None:
 def test_a_name_that_no_manifest_may_list_is_refused(checkpoints: Path) -> None:
     """A file called as the manifest is never published."""
     with pytest.raises((ValueError, NotDurableError)):
-        publish(checkpoints, 1, files={manifest.NAME: b""})
+        publish(checkpoints, 1, files={**FILES, manifest.NAME: b""})
     with pytest.raises(ValueError, match="can't be a file"):
-        publish(checkpoints, 1, files={".hidden": b""})
+        publish(checkpoints, 1, files={**FILES, ".hidden": b""})
+    with pytest.raises(ValueError, match=r"has state\.json"):
+        publish(checkpoints, 1, files={"model.safetensors": b""})
     assert DISK.names(checkpoints) == []
 
 
@@ -285,6 +289,25 @@ def a_dangling_link_in_its_place(path: Path) -> str:
     return path.name
 
 
+def a_link_to_itself_in_its_place(path: Path) -> str:
+    shutil.rmtree(path)
+    path.symlink_to(path.name)
+    return path.name
+
+
+def huge(name: str) -> Callable[[Path], str]:
+    """A file of as many bytes as the file system can do; nearly none of them are on the disk."""
+
+    def damage(path: Path) -> str:
+        for length in (7 << 60, 1 << 43, 1 << 40):
+            with suppress(OSError):
+                os.truncate(path / name, length)
+                return f"{name}: {length} bytes, expected"
+        raise AssertionError("no large file can be made here")
+
+    return damage
+
+
 def length_of(value: object) -> Callable[[dict], object]:
     return lambda body: body["files"]["state.json"].update(length=value)
 
@@ -303,6 +326,14 @@ DAMAGES = {
     "resealed step": renamed_to_another_step,
     "file for directory": a_file_in_its_place,
     "dangling link for directory": a_dangling_link_in_its_place,
+    "link to itself for directory": a_link_to_itself_in_its_place,
+    **{
+        f"link to itself for {name}": replace(name, lambda at, outside: at.symlink_to(at.name))
+        for name in EVERY
+    },
+    **{f"huge {name}": huge(name) for name in EVERY},
+    "no state listed": edit(lambda body: body["files"].pop("state.json"), "state.json"),
+    "no files listed": edit(lambda body: body.update(files={}), "state.json"),
     "parent's file": listed("../outside"),
     "absolute file": listed("/etc/passwd"),
     "dots": listed(".."),
@@ -444,8 +475,37 @@ def test_listing(checkpoints: Path) -> None:
 
 def test_manifests_come_back(checkpoints: Path) -> None:
     """What `encode` writes `decode` reads."""
-    made = manifest.Manifest(1, 5, 6, 1e9, {"a": manifest.File(3, "0" * 32)})
+    files = {name: manifest.File(3, "0" * 32) for name in ("a", manifest.STATE)}
+    made = manifest.Manifest(1, 5, 6, 1e9, files)
     assert manifest.decode(manifest.encode(made), "m") == made
+
+
+def test_the_longest_manifest_is_read(checkpoints: Path) -> None:
+    """As many files as there may be, of the longest names, lengths and sums, fit in the bound;
+    one more is neither written nor read."""
+    file = manifest.File(2**60, "0" * 32)
+    files = {f"{number:0200d}": file for number in range(99_999)} | {manifest.STATE: file}
+    longest = manifest.Manifest(1, 10**18 - 1, 10**18 - 1, 1.7976931348623157e308, files)
+    content = manifest.encode(longest)
+    assert 0.9 * manifest.BYTES_MAX < len(content) <= manifest.BYTES_MAX < 32 << 20
+    assert manifest.decode(content, "m") == longest
+    with pytest.raises(ValueError, match="at most 100000 files"):
+        manifest.encode(msgspec.structs.replace(longest, files={**files, "more": file}))
+
+
+def test_verifying_takes_little_memory(checkpoints: Path) -> None:
+    """However long a file is, no more than some MiB of it are in this process at once."""
+    path = publish(checkpoints, 1, files={**FILES, "large": bytes(64 << 20)}).path
+    code = (
+        "import resource, sys; from pathlib import Path; from ckptd.host.disk import RealDisk;"
+        "from ckptd.store import store; rss = lambda: "
+        "int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]);"
+        "before = rss(); store.verify(RealDisk(), Path(sys.argv[1])); print(rss() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 8 << 10, f"{done.stdout} KiB more"
 
 
 # The fence.

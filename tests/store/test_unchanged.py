@@ -30,7 +30,7 @@ class CountingDisk(RealDisk):
 
 def publish(checkpoints: Path, step: int, disk: RealDisk | None = None, **files: bytes) -> Path:
     """Publish a state of which one file never changes."""
-    content = {"frozen": FROZEN, "trained": b"%d" % step * 100, **files}
+    content = {"state.json": b"{}", "frozen": FROZEN, "trained": b"%d" % step * 100, **files}
     done = store.publish(
         disk or RealDisk(),
         checkpoints,
