@@ -530,6 +530,20 @@ def test_an_older_attempt_publishes_nothing(tmp_path: Path) -> None:
     assert store.newest(DISK, checkpoints) == (kept, [])
 
 
+def test_an_attempt_of_a_run_that_was_replaced_is_none(tmp_path: Path) -> None:
+    """The numbers were counted anew, and are lower: what is not among them publishes nothing."""
+    fence.claim(DISK, tmp_path, "new")
+    with pytest.raises(FencedError, match=r"attempt 7 .*attempt 1"):
+        fence.check(DISK, tmp_path, 7)
+
+
+def test_numbers_that_were_removed_fence_nobody_off(tmp_path: Path) -> None:
+    """No directory of attempts, an empty one, and one of other files say nothing of a new copy."""
+    for make in (lambda: None, (tmp_path / "attempts").mkdir, (tmp_path / "attempts/x").touch):
+        make()
+        fence.check(DISK, tmp_path, 7)
+
+
 def test_the_fence_is_asked_last(tmp_path: Path) -> None:
     """Between the fence's question and the rename the disk does nothing else."""
     disk = SimulatedDisk(tmp_path)
