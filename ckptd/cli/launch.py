@@ -20,6 +20,7 @@ from ckptd.errors import CkptdError, UsageError
 from ckptd.host import children, clouds
 from ckptd.host import host as hosts
 from ckptd.host.clock import RealClock
+from ckptd.host.disk import RealDisk
 from ckptd.supervisor import journal, registry, requeues
 from ckptd.supervisor import run as runs
 from ckptd.supervisor.loop import Loop
@@ -198,9 +199,11 @@ def command(
     run = Run(directory / runs.check_name(name or runs.default_name(argv, os.environ)))
     if fresh and (run.path / "lock").exists():
         # Never rename a directory under a supervisor that works in it.
-        os.close(runs.lock(run, host, grace_s=policy.grace_s, say=terminal.say))
-        terminal.say(f"starting over; the old run is kept as {runs.set_old_aside(run)}")
-    run.path.mkdir(parents=True, exist_ok=True)
+        held = runs.lock(run, host, grace_s=policy.grace_s, say=terminal.say)
+        old = runs.set_old_aside(run, RealDisk())
+        os.close(held)
+        terminal.say(f"starting over; the old run is kept as {old}")
+    runs.create(run, RealDisk())
     lock = runs.lock(run, host, grace_s=policy.grace_s, say=terminal.say)
     now = runs.describe_job(run.path.name, argv, Path.cwd(), os.environ, __version__)
     now = msgspec.structs.replace(now, fixed_addresses=fixed_addresses)

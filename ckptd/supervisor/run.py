@@ -19,6 +19,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -27,7 +28,7 @@ import msgspec
 
 from ckptd.errors import CkptdError, JobChangedError, LockedError, UsageError
 from ckptd.host import children, slurm, systemd
-from ckptd.host.disk import RealDisk
+from ckptd.host.disk import Disk, RealDisk
 from ckptd.host.host import Host
 from ckptd.store import fence
 
@@ -155,8 +156,7 @@ class Run:
         Raises:
             FencedError, OSError: see `fence.claim`.
         """
-        where = slurm.node() or os.uname().nodename
-        return fence.claim(RealDisk(), self.path, f"{where} {os.getpid()}\n")
+        return fence.claim(RealDisk(), self.path, _who())
 
     def forget_supervisor(self, own: SupervisorFile) -> None:
         """The supervisor ends in order. What a newer one wrote elsewhere is left alone."""
@@ -279,15 +279,68 @@ def environment_for(job: JobFile, own: Mapping[str, str]) -> tuple[dict[str, str
     )
 
 
-def set_old_aside(run: Run) -> Path | None:
-    """Rename an existing run's directory, for `--fresh`; nothing is deleted."""
-    if not run.path.exists():
-        return None
+def create(run: Run, disk: Disk) -> None:
+    """Make a run's directory and those above it, where they are missing; no power cut loses them.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    parent, fresh = run.path.parent, _fresh(run)
+    names = disk.names(parent)
+    if fresh.name in names and run.path.name not in names:
+        disk.rename(fresh, run.path)  # `set_old_aside` was killed in between
+    _make(disk, run.path)
+    # Always: an earlier launch may have been killed in between.
+    disk.sync_directory(parent)
+
+
+def _make(disk: Disk, path: Path) -> None:
+    with suppress(FileExistsError):
+        try:
+            disk.make_directory(path)
+        except FileNotFoundError:
+            _make(disk, path.parent)
+            disk.make_directory(path)
+        disk.sync_directory(path.parent)
+
+
+def set_old_aside(run: Run, disk: Disk) -> Path:
+    """Put a new, empty directory in the place of a run's, for `--fresh`; nothing is deleted.
+
+    The new one goes on with the numbers of the attempts: an old copy of the job, on a machine that
+    was given up, must not take it for its own.
+
+    Returns:
+        Where the old one is.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    parent, fresh = run.path.parent, _fresh(run)
+    names = disk.names(parent)
+    if fresh.name in names:
+        disk.remove_tree(fresh)
+    disk.make_directory(fresh)
+    fence.carry_over(disk, run.path, fresh, _who())
+    disk.sync_directory(parent)
     number = 1
-    while (old := run.path.with_name(f"{run.path.name}.old-{number}")).exists():
+    while (old := f"{run.path.name}.old-{number}") in names:
         number += 1
-    run.path.rename(old)
-    return old
+    disk.rename(run.path, parent / old)
+    # A power cut must not find the new one alone. Where it finds neither, `create` goes on.
+    disk.sync_directory(parent)
+    disk.rename(fresh, run.path)
+    disk.sync_directory(parent)
+    return parent / old
+
+
+def _fresh(run: Run) -> Path:
+    """Where a new directory is prepared; the name can't be a run's."""
+    return run.path.with_name(f".{run.path.name}.fresh")
+
+
+def _who() -> str:
+    return f"{slurm.node() or os.uname().nodename} {os.getpid()}\n"
 
 
 def still_runs(pid: int, started: float, boot: str) -> bool:

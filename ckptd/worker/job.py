@@ -486,8 +486,8 @@ class LaunchedJob(Job):
             return Reader.of_memory(self._link.snapshot[0], welcome.memory)
         assert welcome.checkpoint is not None, "one of the two"
         path = Path(welcome.checkpoint)
-        store.verify(RealDisk(), path)
-        return Reader.of_directory(path)
+        manifest = store.verify(RealDisk(), path)
+        return Reader.of_directory(path, manifest.files)
 
     def _begin_resuming(self, reader: Reader) -> None:
         self._reader = reader
@@ -687,7 +687,10 @@ def _publish_alone(run: Path, welcome: wire.Welcome, captured: _Captured) -> Non
             outputs=map(Path, captured.outputs),
             created=time.time(),
         )
-    store.prune(disk, run / "checkpoints", welcome.keep)
+    try:
+        store.prune(disk, run / "checkpoints", welcome.keep)
+    except OSError as error:  # it is durable: what is old can go another time
+        print(f"ckptd: old checkpoints could not be removed: {error}", file=sys.stderr, flush=True)
 
 
 def _entries(writer: Writer, name: str, kind: str, parts: Parts) -> dict[str, Json]:

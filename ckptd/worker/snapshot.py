@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -205,10 +205,9 @@ class Reader:
             )
 
     @classmethod
-    def of_directory(cls, path: Path) -> Reader:
-        """A checkpoint on disk; its files are mapped, not read."""
-        files = [one for one in path.iterdir() if one.name == STATE or one.suffix == _ENDING]
-        return cls({one.name: memory.mapped(one) for one in files}, str(path))
+    def of_directory(cls, path: Path, names: Iterable[str]) -> Reader:
+        """A checkpoint on disk: the files that its manifest lists, mapped, not read."""
+        return cls({name: memory.mapped(path / name) for name in names}, str(path))
 
     @classmethod
     def of_memory(cls, descriptor: int, extents: Sequence[wire.Extent]) -> Reader:
