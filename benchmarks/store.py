@@ -122,9 +122,10 @@ class Ours:
             with figures.timed("ckptd: stall"):
                 self.job.send_snapshot(keep=False)
             snapshot, descriptor = self.job._link.sent  # type: ignore[attr-defined]
+            table = wire.table_in(memory.readable(descriptor), snapshot.table)
             with (
                 figures.timed("ckptd: durable"),
-                memory.pieces(descriptor, wire.places(snapshot.files)) as files,
+                memory.pieces(descriptor, wire.places(table.files)) as files,
             ):
                 store.publish_attempt(
                     RealDisk(),

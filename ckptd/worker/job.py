@@ -419,8 +419,8 @@ class LaunchedJob(Job):
             "outputs": lengths,
             "values": _shown(self._values),
         }
-        arena, extents = writer.write(document, self._arenas, self._layouts)
-        return _Captured(arena, self._loops.step, extents, list(lengths))
+        arena, table, place = writer.write(document, list(lengths), self._arenas, self._layouts)
+        return _Captured(arena, self._loops.step, table.files, table.outputs, place)
 
     def _announce_size(self) -> None:
         """Before the first step: about how much a snapshot will need.
@@ -458,8 +458,7 @@ class LaunchedJob(Job):
         message = wire.Snapshot(
             self._generation,
             captured.step,
-            captured.extents,
-            captured.outputs,
+            captured.table,
             asked,
             time.monotonic() - began_s,
         )
@@ -661,12 +660,16 @@ class _Refusals:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A whole state in memory; the outputs are to be synced before it is published."""
+    """A whole state in memory; the outputs are to be synced before it is published.
+
+    `table` is where both lists are written down in the memory.
+    """
 
     arena: Arena
     step: int
     extents: list[wire.Extent]
     outputs: list[str]
+    table: wire.Place
 
 
 def _publish_alone(run: Path, welcome: wire.Welcome, captured: _Captured) -> None:

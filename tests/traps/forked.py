@@ -79,7 +79,8 @@ class NearLink:
         if self.held is None:
             return
         snapshot, descriptor = self.held
-        with memory.pieces(descriptor, wire.places(snapshot.files)) as files:
+        table = wire.table_in(memory.readable(descriptor), snapshot.table)
+        with memory.pieces(descriptor, wire.places(table.files)) as files:
             store.publish_attempt(
                 UnsyncedDisk(),
                 self.run,
