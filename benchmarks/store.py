@@ -83,6 +83,7 @@ class Link:
     """What a worker's link to its supervisor is to the job, with nobody at the other end."""
 
     orphaned = False
+    durable = 0
 
     def __init__(self, address: str, hello: wire.Hello, arenas: Any) -> None:  # noqa: ARG002
         checkpoints = sorted((Path(address) / "checkpoints").glob("[0-9]*"))

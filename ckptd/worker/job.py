@@ -419,7 +419,9 @@ class LaunchedJob(Job):
             "outputs": lengths,
             "values": _shown(self._values),
         }
-        arena, table, place = writer.write(document, list(lengths), self._arenas, self._layouts)
+        self._outputs.durable(self._link.durable)
+        outputs = self._outputs.unsynced()
+        arena, table, place = writer.write(document, outputs, self._arenas, self._layouts)
         return _Captured(arena, self._loops.step, table.files, table.outputs, place)
 
     def _announce_size(self) -> None:
@@ -462,6 +464,8 @@ class LaunchedJob(Job):
             asked,
             time.monotonic() - began_s,
         )
+        if asked:
+            self._outputs.sent(self._generation)
         # Before it is sent: it may be let go of before `send` returns.
         self._arenas.sent(self._generation, captured.arena)
         self._link.send(message, [captured.arena.descriptor])

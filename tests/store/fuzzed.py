@@ -57,6 +57,7 @@ class Link:
     """A link with nobody at the other end."""
 
     orphaned = False
+    durable = 0
     sent = None
     snapshot = ()
 

@@ -54,6 +54,7 @@ class NearLink:
         self.welcome = wire.Welcome("job", str(self.run), self.attempt, newest, None, 2)
         self.page = wire.StatusPage(memoryview(bytearray(wire.PAGE_BYTES)))
         self.orphaned = False
+        self.durable = 0
         self.held = None
         self.asked = 0
 
