@@ -170,6 +170,8 @@ def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
         and tensor.shape == other.shape
         and tensor.stride() == other.stride()
         and tensor.device == other.device
+        and tensor.is_conj() == other.is_conj()
+        and tensor.is_neg() == other.is_neg()
     )
 
 
