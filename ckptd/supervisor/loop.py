@@ -644,7 +644,7 @@ class Loop:
                 first,
                 self._policy.keep,
                 self._generation,
-                None if memory is None else memory.snapshot.files,
+                None if memory is None else memory.snapshot.table,
             ),
             [
                 *(attempt.page_fd, self._lock, attempt.output),
@@ -673,8 +673,15 @@ class Loop:
             return
         message, descriptors = received
         if isinstance(message, wire.Snapshot) and len(descriptors) == 1:
+            try:
+                table = wire.table_in(memory.readable(descriptors[0]), message.table)
+            except (ProtocolError, OSError, ValueError) as error:
+                close_all(descriptors)
+                self._unreadable(message.generation, str(error))
+                return
             now_s = self._clock.now_s()
-            self._held[message.generation] = Job(message, descriptors[0], attempt.number, now_s)
+            job = Job(message, table, descriptors[0], attempt.number, now_s)
+            self._held[message.generation] = job
             self._generation = message.generation
             self._whole_at_s, self._cost_s = now_s, message.cost_s
             asked = wire.serial_of(message.asked)
@@ -684,6 +691,14 @@ class Loop:
             return
         close_all(descriptors)
         self._heard(message)
+
+    def _unreadable(self, generation: int, why: str) -> None:
+        """A snapshot is not what its message says: it is as one that could not be written."""
+        self._terminal.say(why)
+        if self._state.ledger.writing is None:
+            self._tell(machine.PublishFailed(generation, why, fenced=False))
+        else:  # the machine would take it for that one
+            self._receipt(generation, why)
 
     def _heard(self, message: wire.ToSupervisor) -> None:
         match message:

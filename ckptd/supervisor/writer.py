@@ -25,6 +25,7 @@ class Job:
     """A snapshot to publish; the memfd stays the caller's. `attempt`: whose; `came_s`: when."""
 
     snapshot: wire.Snapshot
+    table: wire.Table
     descriptor: int
     attempt: int
     came_s: float = 0.0
@@ -93,7 +94,7 @@ class Writer:
     def _publish(self, job: Job) -> Done:
         snapshot, attempt = job.snapshot, self._attempt()
         try:
-            publish(self._disk, self._run, snapshot, job.descriptor, attempt, self._wall_s())
+            publish(self._disk, self._run, job, attempt, self._wall_s())
         except FencedError as error:
             return Done(snapshot.generation, snapshot.step, str(error), fenced=True)
         except Exception as error:  # noqa: BLE001  # whatever it is, the machine waits for an end
@@ -108,22 +109,20 @@ class Writer:
             self._say(f"old checkpoints could not be removed: {error}")
 
 
-def publish(
-    disk: Disk, run: Path, snapshot: wire.Snapshot, descriptor: int, attempt: int, created: float
-) -> store.Checkpoint:
+def publish(disk: Disk, run: Path, job: Job, attempt: int, created: float) -> store.Checkpoint:
     """Publish a snapshot that lies in a memfd, after the outputs that it counts on.
 
     Raises:
         NotDurableError, OSError: the disk refused.
         FencedError: a newer attempt exists.
     """
-    with memory.pieces(descriptor, wire.places(snapshot.files)) as files:
+    with memory.pieces(job.descriptor, wire.places(job.table.files)) as files:
         return store.publish_attempt(
             disk,
             run,
-            step=snapshot.step,
+            step=job.snapshot.step,
             attempt=attempt,
             files=files,
-            outputs=map(Path, snapshot.outputs),
+            outputs=map(Path, job.table.outputs),
             created=created,
         )

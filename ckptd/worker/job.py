@@ -419,8 +419,10 @@ class LaunchedJob(Job):
             "outputs": lengths,
             "values": _shown(self._values),
         }
-        arena, extents = writer.write(document, self._arenas, self._layouts)
-        return _Captured(arena, self._loops.step, extents, list(lengths))
+        self._outputs.durable(self._link.durable)
+        outputs = self._outputs.unsynced()
+        arena, table, place = writer.write(document, outputs, self._arenas, self._layouts)
+        return _Captured(arena, self._loops.step, table.files, table.outputs, place)
 
     def _announce_size(self) -> None:
         """Before the first step: about how much a snapshot will need.
@@ -458,11 +460,12 @@ class LaunchedJob(Job):
         message = wire.Snapshot(
             self._generation,
             captured.step,
-            captured.extents,
-            captured.outputs,
+            captured.table,
             asked,
             time.monotonic() - began_s,
         )
+        if asked:
+            self._outputs.sent(self._generation)
         # Before it is sent: it may be let go of before `send` returns.
         self._arenas.sent(self._generation, captured.arena)
         self._link.send(message, [captured.arena.descriptor])
@@ -661,12 +664,16 @@ class _Refusals:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A whole state in memory; the outputs are to be synced before it is published."""
+    """A whole state in memory; the outputs are to be synced before it is published.
+
+    `table` is where both lists are written down in the memory.
+    """
 
     arena: Arena
     step: int
     extents: list[wire.Extent]
     outputs: list[str]
+    table: wire.Place
 
 
 def _publish_alone(run: Path, welcome: wire.Welcome, captured: _Captured) -> None:

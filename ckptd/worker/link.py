@@ -50,6 +50,7 @@ class Link:
     Attributes:
         welcome: what the supervisor answered.
         snapshot: the memfd of the snapshot to restore, if it is to be restored from memory.
+        durable: the newest snapshot that was said to be durable; 0: none yet.
 
     Raises:
         CkptdError: nobody listens there, or the supervisor turns this process away.
@@ -77,6 +78,7 @@ class Link:
         self._receipts: dict[int, wire.Durable | wire.NotDurable] = {}
         self._changed = threading.Condition()
         self._orphaned = False
+        self.durable = 0
         threading.Thread(target=self._listen, name="ckptd", daemon=True).start()
 
     @property
@@ -154,6 +156,8 @@ class Link:
             elif isinstance(message, wire.Durable | wire.NotDurable):
                 with self._changed:
                     self._receipts[message.generation] = message
+                    if isinstance(message, wire.Durable):
+                        self.durable = message.generation
                     self._changed.notify_all()
         with self._changed:
             self._orphaned = True

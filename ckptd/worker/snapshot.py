@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -106,12 +106,13 @@ class Writer:
         return ref
 
     def write(
-        self, document: dict[str, Json], arenas: Arenas, layouts: Layouts
-    ) -> tuple[Arena, list[wire.Extent]]:
+        self, document: dict[str, Json], outputs: list[str], arenas: Arenas, layouts: Layouts
+    ) -> tuple[Arena, wire.Table, wire.Place]:
         """Lay everything out in a memory that nobody reads.
 
         Returns:
-            The memory, which the caller lets go of, and where in it each file is.
+            The memory, which the caller lets go of, what lies where in it, and where that itself
+            is written down: behind the files.
         """
         text = msgspec.json.encode(document)
         images = {file: layouts.layout(file, tensors) for file, tensors in self._files.items()}
@@ -120,9 +121,13 @@ class Writer:
         for name, length in [(STATE, len(text)), *((f, i.length) for f, i in images.items())]:
             extents.append(wire.Extent(name, end, length))
             end += -(-length // _ALIGNMENT) * _ALIGNMENT
-        arena = arenas.take(end)
+        table = wire.Table(extents, outputs)
+        listed = wire.encode_table(table)
+        place = wire.Place(end, len(listed))
+        arena = arenas.take(end + len(listed))
         try:
             arena.mapping[: len(text)] = text
+            arena.mapping[end : end + len(listed)] = listed
             copies = Copies(arena)
             for extent in extents[1:]:
                 header, tensors = images[extent.name].header, self._files[extent.name]
@@ -135,7 +140,7 @@ class Writer:
         except BaseException:
             arenas.let_go(arena)
             raise
-        return arena, extents
+        return arena, table, place
 
 
 class Layouts:
@@ -165,6 +170,8 @@ def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
         and tensor.shape == other.shape
         and tensor.stride() == other.stride()
         and tensor.device == other.device
+        and tensor.is_conj() == other.is_conj()
+        and tensor.is_neg() == other.is_neg()
     )
 
 
@@ -210,11 +217,15 @@ class Reader:
         return cls({name: memory.mapped(path / name) for name in names}, str(path))
 
     @classmethod
-    def of_memory(cls, descriptor: int, extents: Sequence[wire.Extent]) -> Reader:
-        """A snapshot in a memfd, which is closed."""
+    def of_memory(cls, descriptor: int, table: wire.Place) -> Reader:
+        """A snapshot in a memfd, which is closed.
+
+        Raises:
+            ProtocolError: there is no table at that place.
+        """
         with os.fdopen(descriptor) as file:
             whole = memory.private(file.fileno())
-        places = wire.places([*extents])
+        places = wire.places(wire.table_in(whole, table).files)
         return cls({name: whole[place] for name, place in places.items()}, "the snapshot")
 
     def tensor(self, ref: list[Json]) -> torch.Tensor:

@@ -57,6 +57,7 @@ class Link:
     """A link with nobody at the other end."""
 
     orphaned = False
+    durable = 0
     sent = None
     snapshot = ()
 
@@ -215,7 +216,8 @@ def main():
     (run / "checkpoints").mkdir(parents=True)
     pause(script(run))
     message, descriptor = Link.sent
-    with memory.pieces(descriptor, wire.places(message.files)) as pieces:
+    table = wire.table_in(memory.readable(descriptor), message.table)
+    with memory.pieces(descriptor, wire.places(table.files)) as pieces:
         files = {name: bytes(piece) for name, piece in pieces.items()}
     usual, watched, seen = settings.capture(), [None], []
 

@@ -35,8 +35,9 @@ class Worker:
         self.answered = 0
         self.step = 0
         if self.welcome.memory is not None:
-            (place,) = wire.places(self.welcome.memory).values()
-            self.step = json.loads(os.pread(self.kept[2], 1 << 16, 0)[place])["step"]
+            content = memoryview(os.pread(self.kept[2], 1 << 16, 0))
+            (place,) = wire.places(wire.table_in(content, self.welcome.memory).files).values()
+            self.step = json.loads(bytes(content[place]))["step"]
             self.send(wire.Restored(self.step, 0.0))
             print("from memory", self.step, flush=True)
         elif self.welcome.checkpoint is not None:
@@ -56,8 +57,16 @@ class Worker:
         descriptor = os.memfd_create("state")
         os.write(descriptor, state)
         self.generation += 1
-        files = [wire.Extent("state.json", 0, len(state))]
-        self.send(wire.Snapshot(self.generation, self.step, files, [], asked), [descriptor])
+        self.send_snapshot(descriptor, [wire.Extent("state.json", 0, len(state))], asked)
+
+    def send_snapshot(self, descriptor, files, asked):
+        table = wire.encode_table(wire.Table(files, []))
+        if self.options.garble == self.step:
+            table = table[:-3]
+        end = os.fstat(descriptor).st_size
+        os.pwrite(descriptor, table, end)
+        place = wire.Place(end, len(table))
+        self.send(wire.Snapshot(self.generation, self.step, place, asked), [descriptor])
         os.close(descriptor)
 
     def safe_point(self):
@@ -124,6 +133,7 @@ def main():
     parser.add_argument("--refuse", help="say that starting again would not help")
     parser.add_argument("--doubts", help="say that the checkpoint of this name is damaged")
     parser.add_argument("--linger", type=Path, help="after the receipt, wait for this file")
+    parser.add_argument("--garble", type=int, help="no one can read the table of this step's state")
     parser.add_argument("--say", help="something for the user")
     options = parser.parse_args()
     # Signals to the worker's own process mean nothing to it: it is asked through the page.

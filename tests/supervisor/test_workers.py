@@ -505,6 +505,26 @@ def test_junk(workshop: Workshop, packet: bytes) -> None:
     assert launched.signal(signal.SIGTERM).ends() == 75
 
 
+def test_a_snapshot_that_cannot_be_read(workshop: Workshop, tmp_path: Path) -> None:
+    """It is said and not held; the job is not disturbed, and a later one is made durable."""
+    launched = Launched(workshop, *fake("--held", "--garble", "5"))
+    launched.wait_for("table can't be read")
+    launched.wait_for("step 20")
+    assert launched.signal(signal.SIGTERM).ends() == 75
+    assert checkpoints(workshop)[-1] == launched.steps()[-1]
+
+
+def test_a_last_snapshot_that_cannot_be_read(workshop: Workshop, tmp_path: Path) -> None:
+    """At a stop it is no durable one, and the exit code says so."""
+    gate = tmp_path / "gate"
+    launched = Launched(workshop, *fake("--garble", "3", "--gate", str(gate)))
+    launched.wait_for("step 3")
+    launched.signal(signal.SIGTERM).wait_for("SIGTERM")
+    gate.touch()
+    assert launched.ends() == 74, launched.told()
+    assert launched.wait_for("receipt") == "receipt NotDurable"
+
+
 def test_nothing_left(workshop: Workshop) -> None:
     """After an orderly end the socket's directory and supervisor.json are gone."""
     launched = Launched(workshop, *fake())
