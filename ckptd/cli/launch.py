@@ -189,6 +189,7 @@ def command(
     )
     check_command(argv[0])
     terminal = Terminal()
+    click.get_current_context().call_on_close(terminal.drain)
     host = hosts.recognised(os.environ, host_name)
     if described := host.described():
         terminal.say(described)
@@ -221,7 +222,7 @@ def command(
     if detach:
         os.close(lock)
         return _detach(jobs, run)
-    cloud = clouds.recognised(os.environ, cloud_name)
+    cloud = clouds.recognised(os.environ, terminal.say, cloud_name)
     if cloud is not None:
         terminal.say(f"listening to notices of {cloud.name}")
     loop = Loop(run, policy, lock, RealClock(), terminal, host, cloud)

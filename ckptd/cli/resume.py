@@ -45,4 +45,6 @@ def command(name: str | None, directory: Path, *, all_of_them: bool, stay: bool)
     jobs = Registry(os.environ)
     if stay:
         jobs.serve()
-    return Service(jobs, hosts.recognised(os.environ), Terminal().say, stay=stay).run()
+    terminal = Terminal()
+    click.get_current_context().call_on_close(terminal.drain)
+    return Service(jobs, hosts.recognised(os.environ), terminal.say, stay=stay).run()

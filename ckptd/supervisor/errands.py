@@ -16,9 +16,15 @@ A = TypeVar("A")
 
 
 class Errands:
-    """Runs questions; `deliver` hands their answers over, in the caller's thread."""
+    """Runs questions; `deliver` hands their answers over, in the caller's thread.
 
-    def __init__(self) -> None:
+    Args:
+        say: told of a question that failed, which is a bug of ours. It has no answer then and may
+            be asked again: a training does not end because a notice could not be read.
+    """
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
         self._answers: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._readable, self._wake = os.pipe2(os.O_CLOEXEC)
         self._under_way: set[str] = set()
@@ -32,7 +38,7 @@ class Errands:
 
         Args:
             name: of the question.
-            question: called in a thread; raises nothing.
+            question: called in a thread; has answers for what can go wrong.
             then: called with the answer by `deliver`.
         """
         if name in self._under_way:
@@ -50,7 +56,11 @@ class Errands:
     def _find_out(
         self, name: str, question: Callable[[], Any], then: Callable[[Any], object]
     ) -> None:
-        answer = question()
+        try:
+            answer = question()
+        except Exception as error:  # noqa: BLE001  # whatever it is: others wait for this name
+            why = f"a question ({name}) failed: {error!r}. Please report this"
+            then, answer = self._say, why
 
         def hand_over() -> None:
             self._under_way.discard(name)

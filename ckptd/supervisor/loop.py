@@ -26,7 +26,7 @@ import msgspec
 
 from ckptd import wire
 from ckptd.errors import CkptdError, DamagedError, FencedError, ProtocolError
-from ckptd.host import children, disk, memory, slurm, stacks
+from ckptd.host import children, clouds, disk, memory, slurm, stacks
 from ckptd.host.children import Child, Stranger
 from ckptd.host.clock import Clock
 from ckptd.host.clouds import Cloud, Notice
@@ -56,7 +56,6 @@ from ckptd.supervisor.writer import Done, Job, Writer
 
 _CHUNK: Final = 1 << 16
 _TREE_POLL_S: Final = 0.02
-_POLL_CLOUD_S: Final = 5.0
 _FENCE_S: Final = 5.0  # how often it is looked whether a newer copy runs elsewhere
 _GLANCE_S: Final = 1.0  # how often the terminal's line and the rate are brought up to date
 _MORE_TIME_S: Final = 30.0  # asked for anew at each glance
@@ -119,6 +118,7 @@ class Loop:
         self._clock, self._terminal, self._host = clock, terminal, host
         self._cloud = cloud
         self._polled_s = -math.inf
+        self._advised = False  # to save, and nobody could be asked yet
         self._noted: SupervisorFile | None = None
         self._fence_looked_s = clock.now_s()
         self._disk = RealDisk()
@@ -127,7 +127,7 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._signals = Signals()
         self._server = Server()
-        self._errands = Errands()
+        self._errands = Errands(terminal.say_once)
         self._attempt: _Attempt | None = None
         self._number = 0
         self._writer = Writer(
@@ -218,7 +218,7 @@ class Loop:
         self._look_at_fence(now_s)
 
     def _poll_cloud(self, now_s: float) -> None:
-        if self._cloud is not None and now_s - self._polled_s >= _POLL_CLOUD_S:
+        if self._cloud is not None and now_s - self._polled_s >= clouds.POLL_S:
             self._polled_s = now_s
             self._errands.ask("cloud", self._cloud.poll, self._cloud_noticed)
 
@@ -228,10 +228,18 @@ class Loop:
         self._scribe.event("notice", text=notice.text, left_s=notice.left_s)
         self._terminal.say(notice.text)
         if notice.left_s is None:
-            self._tell(machine.Signalled(machine.USR2))  # save, and go on as long as it lasts
+            self._advised = True
+            self._act_on_advice()
         else:
             self._tell(machine.StopAsked(notice.text))
             self._tell(machine.HostLimited(notice.left_s))
+
+    def _act_on_advice(self) -> None:
+        """Save, and go on as long as it lasts; as soon as there is somebody to ask."""
+        attached = self._attempt is not None and self._attempt.worker is not None
+        if self._advised and (attached or self._policy.flush_signal is not None):
+            self._advised = False
+            self._tell(machine.Signalled(machine.USR2))
 
     def _look_at_fence(self, now_s: float) -> None:
         """Notice now and then, and not only at the next write, that a newer copy runs elsewhere."""
@@ -656,6 +664,7 @@ class Loop:
         self._watch(peer, self._worker_spoke)
         self._scribe.event("attached", attempt=attempt.number, pid=hello.pid)
         self._tell(machine.WorkerAttached(own=hello.pid == attempt.child.pid))
+        self._act_on_advice()
 
     def _worker_spoke(self) -> None:
         attempt = self._attempt

@@ -67,7 +67,7 @@ class Service:
         self._codes: list[int] = []
         self._stopping = False
         self._selector = selectors.DefaultSelector()
-        self._signals, self._errands = Signals(), Errands()
+        self._signals, self._errands = Signals(), Errands(say)
         self._status_s = 0.0
         self._summary = ""
 

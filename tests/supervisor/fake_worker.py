@@ -104,10 +104,12 @@ class Worker:
         while self.step < self.options.total:
             if self.step == until:
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(STEP_S)
+            time.sleep(self.options.pace)
             self.step += 1
             self.page.words[wire.WORD_STEP] = self.step
             print("step", self.step, flush=True)
+            if self.options.noise:
+                print("." * self.options.noise, flush=True)
             if self.options.held:
                 self.snapshot(0)
             while self.options.deaf and self.step == self.options.deaf:
@@ -122,6 +124,7 @@ class Worker:
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--total", type=int, default=FOREVER, help="steps until it has finished")
+    parser.add_argument("--pace", type=float, default=STEP_S, help="seconds a step")
     parser.add_argument("--life", type=int, default=0, help="steps until it kills itself, ...")
     parser.add_argument("--lives", type=int, default=0, help="... in so many first attempts")
     parser.add_argument("--held", action="store_true", help="send each state unasked")
@@ -134,6 +137,7 @@ def main():
     parser.add_argument("--doubts", help="say that the checkpoint of this name is damaged")
     parser.add_argument("--linger", type=Path, help="after the receipt, wait for this file")
     parser.add_argument("--garble", type=int, help="no one can read the table of this step's state")
+    parser.add_argument("--noise", type=int, help="characters to print after each step")
     parser.add_argument("--say", help="something for the user")
     options = parser.parse_args()
     # Signals to the worker's own process mean nothing to it: it is asked through the page.
