@@ -17,8 +17,8 @@ import math
 import os
 import selectors
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +35,7 @@ from ckptd.host.host import Host
 from ckptd.host.memory import OomWatch
 from ckptd.host.signals import Signals
 from ckptd.store import fence, retention, store
+from ckptd.store.manifest import File
 from ckptd.supervisor import machine, server
 from ckptd.supervisor.errands import Errands
 from ckptd.supervisor.journal import Journal
@@ -52,7 +53,7 @@ from ckptd.supervisor.run import JobFile, Run, SupervisorFile, boot_id, environm
 from ckptd.supervisor.scribe import Scribe
 from ckptd.supervisor.server import Peer, Server, close_all
 from ckptd.supervisor.terminal import Terminal
-from ckptd.supervisor.writer import Done, Job, Writer
+from ckptd.supervisor.writer import Done, Job, Writer, is_sound
 
 _CHUNK: Final = 1 << 16
 _TREE_POLL_S: Final = 0.02
@@ -134,6 +135,7 @@ class Loop:
             self._disk, run.path, lambda: self._number, policy.keep, clock.wall_s, terminal.say
         )
         self._held: dict[int, Job] = {}
+        self._sums: dict[int, Mapping[str, File]] = {}  # of those that are durable
         self._waiting: list[tuple[Peer, wire.Hello]] = []  # until it is known what to restore
         self._distrusted: dict[Path, str] = {}  # checkpoints that a worker could not read, and why
         self._generation = 0  # the last one that came
@@ -330,6 +332,7 @@ class Loop:
 
     def _release(self, generation: int) -> None:
         job = self._held.pop(generation, None)
+        self._sums.pop(generation, None)
         if job is None:
             return
         os.close(job.descriptor)
@@ -361,10 +364,39 @@ class Loop:
         except (OSError, CkptdError) as error:
             self._tell(machine.SpawnFailed(f"a failure to start it ({error})"))
             return
+        sums = None if snapshot is None else self._sums.get(snapshot.snapshot.generation)
         if snapshot is None:
             self._look_for_newest(attempt, older=older)
-        else:
+        elif sums is None:
             self._started(attempt, None)
+        else:
+            self._look_into_memory(attempt, snapshot, sums)
+
+    def _look_into_memory(self, attempt: _Attempt, snapshot: Job, sums: Mapping[str, File]) -> None:
+        """Compare a snapshot with what was written of it, while the command starts."""
+
+        def found(sound: bool) -> None:  # noqa: FBT001  # an errand's answer
+            if attempt is not self._attempt:
+                return  # it has ended meanwhile
+            if sound:
+                self._started(attempt, None)
+                return
+            self._terminal.say(
+                f"the state of step {snapshot.snapshot.step} in memory is not what was written of "
+                "it (the process that died may have written into it): the disk is used"
+            )
+            attempt.memory = None
+            self._look_for_newest(attempt, older=False)
+
+        own = replace(snapshot, descriptor=os.dup(snapshot.descriptor))  # it may be let go of
+
+        def look() -> bool:
+            try:
+                return is_sound(own, sums)
+            finally:
+                os.close(own.descriptor)
+
+        self._errands.ask("memory", look, found)
 
     def _look_for_newest(self, attempt: _Attempt, *, older: bool) -> None:
         """Read the newest checkpoint while the command starts, and go on hearing everybody."""
@@ -569,6 +601,7 @@ class Loop:
         done: Done = self._writer.take()
         if done.why is None:
             self._durable_at_s = self._held[done.generation].came_s
+            self._sums[done.generation] = done.files
             self._write_s = self._clock.now_s() - self._write_began_s
             self._tell(machine.Published(done.generation, done.step, self._write_s))
         else:

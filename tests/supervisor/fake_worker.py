@@ -67,7 +67,10 @@ class Worker:
         os.pwrite(descriptor, table, end)
         place = wire.Place(end, len(table))
         self.send(wire.Snapshot(self.generation, self.step, place, asked), [descriptor])
-        os.close(descriptor)
+        if self.options.scribble:
+            self.scribbled = descriptor
+        else:
+            os.close(descriptor)
 
     def safe_point(self):
         word = self.page.words[wire.WORD_REQUEST]
@@ -103,6 +106,8 @@ class Worker:
         until = self.step + self.options.life if first_life else FOREVER
         while self.step < self.options.total:
             if self.step == until:
+                if self.options.scribble:
+                    os.pwrite(self.scribbled, b"#", 3)
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(self.options.pace)
             self.step += 1
@@ -138,6 +143,7 @@ def main():
     parser.add_argument("--linger", type=Path, help="after the receipt, wait for this file")
     parser.add_argument("--garble", type=int, help="no one can read the table of this step's state")
     parser.add_argument("--noise", type=int, help="characters to print after each step")
+    parser.add_argument("--scribble", action="store_true", help="into the last state, dying")
     parser.add_argument("--say", help="something for the user")
     options = parser.parse_args()
     # Signals to the worker's own process mean nothing to it: it is asked through the page.

@@ -400,6 +400,20 @@ def large(checkpoint: Path) -> None:
     path.write_bytes(manifests.encode(msgspec.structs.replace(manifest, files=files)))
 
 
+def test_a_dying_process_writes_into_the_memory(workshop: Workshop) -> None:
+    """What is in memory is compared with what was written of it before it is used: the disk is."""
+    argv = fake("--life", "200", "--lives", "1", "--scribble")
+    launched = Launched(workshop, *argv)
+    launched.wait_for("step 3")
+    launched.signal(signal.SIGUSR2)
+    made = wait_durable(launched, workshop)
+    assert f"the state of step {made} in memory" in launched.wait_for("is not what was written")
+    launched.wait_for(f"attempt 2, from step {made}")
+    launched.wait_for("step 201")
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert "from memory" not in "".join(launched.output)
+
+
 def test_checkpoints_that_somebody_removed(workshop: Workshop) -> None:
     """It is said, and new ones are made from there on."""
     argv = fake("--life", "60", "--lives", "1")
