@@ -155,7 +155,6 @@ class Loop:
         self._cost_s = 0.0  # of the last snapshot
         self._write_began_s = 0.0
         self._write_s: float | None = None
-        self._restarts = 0
         self._read_once = False
         self._last_failure = ""
         # By their names; what they hold is read while the command starts.
@@ -169,6 +168,7 @@ class Loop:
             checkpoints=len(names),
         )
         self._began_at = self._state.ledger.durable_step
+        self._restarts = -1 if self._began_at is None else 0  # the first start is none
 
     @property
     def progressed(self) -> bool:
@@ -487,7 +487,7 @@ class Loop:
         self._samples.clear()
         self._last_lines.clear()
         self._unended = b""
-        self._restarts += self._number > 1
+        self._restarts += 1
         self._watch(child, self._child_ended)
         self._selector.register(output, selectors.EVENT_READ, self._output_came)
         self._note_supervisor()
