@@ -9,13 +9,14 @@ import torch
 
 from ckptd.worker import snapshot, tree
 from ckptd.worker.arena import Arenas
+from ckptd.worker.resting import Resting
 from ckptd.worker.snapshot import Layouts, Reader, Writer
 from ckptd.worker.state import Saved
 
 
 def through_memory(value: Any) -> Any:
     """A value as a resumed process gets it from a snapshot."""
-    writer, arenas = Writer(), Arenas()
+    writer, arenas = Writer(Resting()), Arenas()
     entry = writer.add("value", tree.freeze(value, "value"))
     document = {"format": snapshot.FORMAT, "value": entry}
     arena, _, place = writer.write(document, [], arenas, Layouts())
