@@ -136,15 +136,14 @@ class Writer:
         try:
             arena.mapping[: len(text)] = text
             arena.mapping[end : end + len(listed)] = listed
-            copies = Copies(arena)
-            for extent in extents[1:]:
-                header, tensors = images[extent.name].header, self._files[extent.name]
-                arena.mapping[extent.offset : extent.offset + len(header)] = header
-                for offset, tensor in zip(
-                    images[extent.name].offsets, tensors.values(), strict=True
-                ):
-                    copies.add(extent.offset + offset, tensor)
-            copies.finish()
+            with Copies(arena) as copies:
+                for extent in extents[1:]:
+                    header, tensors = images[extent.name].header, self._files[extent.name]
+                    arena.mapping[extent.offset : extent.offset + len(header)] = header
+                    for offset, tensor in zip(
+                        images[extent.name].offsets, tensors.values(), strict=True
+                    ):
+                        copies.add(extent.offset + offset, tensor)
         except BaseException:
             arenas.let_go(arena)
             raise
