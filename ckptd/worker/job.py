@@ -37,6 +37,7 @@ from ckptd.worker.link import Link
 from ckptd.worker.loops import Loops
 from ckptd.worker.moments import Moment, StreamPosition
 from ckptd.worker.outputs import Outputs
+from ckptd.worker.resting import Resting
 from ckptd.worker.snapshot import Layouts, Reader, Writer
 from ckptd.worker.state import Carrier, ObjectCarrier, ParameterNames, Parts, Saved, carrier_for
 from ckptd.worker.tree import Frozen, Json
@@ -190,6 +191,7 @@ class LaunchedJob(Job):
         facts = environment.facts()
         self._arenas = Arenas()
         self._layouts = Layouts()
+        self._resting = Resting()
         hello = wire.Hello(wire.PROTOCOL, os.getpid(), _rank(), _world_size(), facts)
         self._link = Link(address, hello, self._arenas)
         welcome = self._link.welcome
@@ -396,7 +398,7 @@ class LaunchedJob(Job):
                 gc.enable()
 
     def _capture_now(self) -> _Captured:
-        writer = Writer()
+        writer = Writer(self._resting)
         carriers, naming = self._carriers_and_names()
         components: dict[str, Json] = dict(self._carry_on_unclaimed(writer))
         for name, carrier in carriers.items():
@@ -503,6 +505,17 @@ class LaunchedJob(Job):
             self._loops.begin_resuming(reader, document["position"], document["streams"])
             if not isinstance(document["components"], dict):
                 raise TypeError("its components are no object")
+            for name, component in document["components"].items():
+                if component["kind"] == "module":
+                    self._expect_resting(snapshot.file_name(name), component["parts"][""])
+
+    def _expect_resting(self, file: str, entry: dict[str, Json]) -> None:
+        """Where a module's parameters lie: the next checkpoint keeps to it."""
+        apart = snapshot.resting_file(file)
+        resting = {ref[1] for ref in entry["tensors"] if ref[0] == apart}
+        if resting:
+            others = {ref[1] for ref in entry["tensors"]} - resting
+            self._resting.expect(file, resting, others)
 
     def _restore_early(self, carrier: Carrier) -> None:
         """At `track`: what fits is restored; what the script still has to rebuild waits."""

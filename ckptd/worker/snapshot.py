@@ -28,6 +28,7 @@ from ckptd.store import image
 from ckptd.worker import tree
 from ckptd.worker.arena import Arena, Arenas
 from ckptd.worker.copies import Copies
+from ckptd.worker.resting import Resting
 from ckptd.worker.state import Saved
 from ckptd.worker.tree import Frozen, Json
 
@@ -55,12 +56,19 @@ _DTYPES: Final = {
 }
 _BY_NAME: Final = {name: dtype for dtype, name in _DTYPES.items()}
 _ENDING: Final = ".safetensors"
+_SAMPLE: Final = 64
 
 
 class Writer:
-    """Collects captured values and the tensors in them, and lays them out as files."""
+    """Collects captured values and the tensors in them, and lays them out as files.
 
-    def __init__(self) -> None:
+    Args:
+        resting: knows which parameters are written into a file of their own.
+    """
+
+    def __init__(self, resting: Resting) -> None:
+        self._resting = resting
+        self._modules: dict[str, tuple[Frozen, list[list[Json]]]] = {}
         self._files: dict[str, dict[str, torch.Tensor]] = {}
         # By address: the tensors that begin there, and where each is.
         self._placed: dict[int, list[tuple[torch.Tensor, list[Json]]]] = {}
@@ -72,16 +80,16 @@ class Writer:
             file: the file for its tensors, without the ending.
             frozen: the value.
             own: the file must hold all of them under their exact names, also those that another
-                file holds already (a module's state_dict).
+                file holds already (a module's state_dict); what rests is kept apart.
         """
-        path = beside = f"{file}{_ENDING}"
-        if own and len({_is_frozen(tensor) for _, tensor in frozen.tensors}) > 1:
-            # They do not change: in a file of their own they are written once.
-            beside = f"{file}.frozen{_ENDING}"
+        path, beside = f"{file}{_ENDING}", resting_file(file)
+        resting = self._resting.among(file, frozen.tensors) if own else ()
         refs = [
-            self._place(beside if _is_frozen(tensor) else path, name, tensor, own=own)
+            self._place(beside if name in resting else path, name, tensor, own=own)
             for name, tensor in frozen.tensors
         ]
+        if own:
+            self._modules[file] = frozen, refs
         return {"tree": frozen.tree, "tensors": refs}
 
     def _place(self, file: str, name: str, tensor: torch.Tensor, *, own: bool) -> list[Json]:
@@ -128,19 +136,44 @@ class Writer:
         try:
             arena.mapping[: len(text)] = text
             arena.mapping[end : end + len(listed)] = listed
-            copies = Copies(arena)
-            for extent in extents[1:]:
-                header, tensors = images[extent.name].header, self._files[extent.name]
-                arena.mapping[extent.offset : extent.offset + len(header)] = header
-                for offset, tensor in zip(
-                    images[extent.name].offsets, tensors.values(), strict=True
-                ):
-                    copies.add(extent.offset + offset, tensor)
-            copies.finish()
+            with Copies(arena) as copies:
+                for extent in extents[1:]:
+                    header, tensors = images[extent.name].header, self._files[extent.name]
+                    arena.mapping[extent.offset : extent.offset + len(header)] = header
+                    for offset, tensor in zip(
+                        images[extent.name].offsets, tensors.values(), strict=True
+                    ):
+                        copies.add(extent.offset + offset, tensor)
         except BaseException:
             arenas.let_go(arena)
             raise
+        self._show_samples(arena, extents[1:], images)
         return arena, table, place
+
+    def _show_samples(
+        self, arena: Arena, extents: list[wire.Extent], images: dict[str, image.Image]
+    ) -> None:
+        """A few of the bits that were copied, of the parameters of which they are wanted."""
+        starts = {extent.name: extent.offset for extent in extents}
+        for module, (frozen, refs) in self._modules.items():
+            watched = set(self._resting.watched(module))
+            if not watched:
+                continue
+            offsets = {
+                (file, key): starts[file] + offset
+                for file in {ref[0] for ref in refs}
+                for key, offset in zip(self._files[file], images[file].offsets, strict=True)
+            }
+            samples = {}
+            for (name, tensor), (file, key, *_) in zip(frozen.tensors, refs, strict=True):
+                if name in watched:
+                    begin, length = offsets[file, key], tensor.nbytes
+                    end = begin + length
+                    few = min(length, _SAMPLE)
+                    samples[name] = (
+                        arena.mapping[begin : begin + few] + arena.mapping[end - few : end]
+                    )
+            self._resting.copied(module, samples)
 
 
 class Layouts:
@@ -158,9 +191,9 @@ class Layouts:
         return known[1]
 
 
-def _is_frozen(tensor: torch.Tensor) -> bool:
-    """Whether it is a parameter that is not trained."""
-    return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+def resting_file(file: str) -> str:
+    """Where the parameters of a module lie that rest."""
+    return f"{file}.frozen{_ENDING}"
 
 
 def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:

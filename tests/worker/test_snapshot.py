@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
 import torch
 
 from ckptd.worker import snapshot, tree
 from ckptd.worker.arena import Arenas
+from ckptd.worker.resting import Resting
 from ckptd.worker.snapshot import Layouts, Reader, Writer
 from ckptd.worker.state import Saved
 
 
 def through_memory(value: Any) -> Any:
     """A value as a resumed process gets it from a snapshot."""
-    writer, arenas = Writer(), Arenas()
+    writer, arenas = Writer(Resting()), Arenas()
     entry = writer.add("value", tree.freeze(value, "value"))
     document = {"format": snapshot.FORMAT, "value": entry}
     arena, _, place = writer.write(document, [], arenas, Layouts())
@@ -53,3 +55,17 @@ def test_views_of_one_memory() -> None:
     base = torch.randn(4, 4)
     value = [base, base.t(), base[:2], base.view(torch.int32), base.view(16), base[:, :2], base]
     assert [bits(one) for one in through_memory(value)] == [bits(one) for one in value]
+
+
+def test_an_error_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory is given back, whatever went wrong, and the error is the one that comes out."""
+    arenas = Arenas()
+    monkeypatch.setattr(Arenas, "_worth_keeping", lambda *_: False)
+    writer = Writer(Resting())
+    value = [torch.rand(100_000), torch.rand(4, 4).t(), torch.rand(3, 3).t()]
+    document = {"value": writer.add("value", tree.freeze(value, "value"))}
+    monkeypatch.setattr(tree, "as_bits", lambda one: one.detach().to("meta"))
+    with pytest.raises(NotImplementedError, match="meta") as raised:
+        writer.write(document, [], arenas, Layouts())
+    assert raised.traceback, "its frames are still there"
+    assert not arenas._kept
