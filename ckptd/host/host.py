@@ -62,6 +62,13 @@ class Host(Protocol):
             What to tell the user.
         """
 
+    def never_again(self) -> str | None:
+        """See that nobody starts a job again that was given up on; as the last thing, as `again`.
+
+        Returns:
+            What came of it; None: nobody would have.
+        """
+
     def ready(self) -> None:
         """The job runs."""
 
@@ -96,6 +103,10 @@ class Plain:
         return None
 
     def again(self) -> str | None:
+        """See `Host`."""
+        return None
+
+    def never_again(self) -> str | None:
         """See `Host`."""
         return None
 
