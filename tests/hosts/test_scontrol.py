@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import Workshop, wait_until
@@ -264,6 +267,49 @@ def test_it_hangs(workshop: Workshop, scontrol: Scontrol, monkeypatch: pytest.Mo
     assert said is not None
     assert "put it back by hand with `scontrol requeue 7`" in said
     assert job.doubts(None)[0][0].startswith("scontrol: scontrol did not answer")
+
+
+def printed(*argv: str) -> subprocess.CompletedProcess[str]:
+    """What `ckptd slurm-script` prints for a command."""
+    return subprocess.run(
+        [sys.executable, "-m", "ckptd", "slurm-script", "--array", "0-9", "--", *argv],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_a_printed_scripts_words(tmp_path: Path) -> None:
+    """As they were given, but Slurm's variables are filled in, wherever in a word they stand."""
+    program = tmp_path / "ckptd"
+    program.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    program.chmod(0o755)
+    hard = 'a\'b "c" \\d `e` $HOME ${HOME} $'
+    words = ("python", "--out=out/$SLURM_ARRAY_TASK_ID", "${SLURM_JOB_ID}x" + hard, hard)
+    done = subprocess.run(
+        ["bash", "-c", printed(*words).stdout],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "7", "SLURM_JOB_ID": "3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    given = done.stdout.partition("\0--\0")[2].split("\0")[:-1]
+    assert given == ["python", "--out=out/7", "3x" + hard, hard]
+
+
+@pytest.mark.parametrize(
+    ("line", "refused"),
+    [
+        ("srun torchrun --nproc-per-node=2 train.py", True),
+        ("srun -n4 python train.py", True),
+        ("python -m torch.distributed.run --nproc_per_node gpu train.py", True),
+        ("srun --ntasks 1 torchrun --nnodes=1 --nproc-per-node 1 train.py -n 4", False),
+        ("python train.py", False),
+    ],
+)
+def test_a_printed_script_of_several_ranks(line: str, refused: bool) -> None:
+    """It is said before it waits in the queue that it will be refused."""
+    assert ("refuse to start" in printed(*line.split()).stderr) == refused
 
 
 def test_what_the_doctor_finds(
