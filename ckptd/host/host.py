@@ -138,6 +138,8 @@ def recognised(environment: Mapping[str, str], named: str = "auto") -> Host:
     }
     for name, variable in variables.items():
         if named in ("auto", name) and variable in environment:
+            if name == "systemd" and named == "auto" and not systemd.is_main(environment):
+                continue
             return makers[name](environment)
     if named in variables:
         how = {"slurm": "Submit it with sbatch", "systemd": "Start it as a service (Type=notify)"}
