@@ -8,11 +8,15 @@ Rules:
    enabled comes back after a reboot.
 2. Saving must not be cut off at TimeoutStopSec: EXTEND_TIMEOUT_USEC has to come before that time is
    over, and then again and again, each before the last one is over.
-3. The watchdog is for this process alone. A training that hangs is found in other ways.
+3. Only the service's main process speaks for it. A socket that was inherited (a terminal of a
+   JupyterHub, a shell in a service) is somebody else's: nothing is sent to it, and its unit does
+   not start us again. `--host systemd` is for a unit whose main process is a shell around us.
+4. The watchdog is for this process alone. A training that hangs is found in other ways.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +26,8 @@ from ckptd.host.host import Plain
 
 SOCKET_VARIABLE: Final = "NOTIFY_SOCKET"
 #: What is ours alone: a script that finds these would speak for us.
-OWN_VARIABLES: Final = (SOCKET_VARIABLE, "WATCHDOG_USEC", "WATCHDOG_PID")
+OWN_VARIABLES: Final = (SOCKET_VARIABLE, "WATCHDOG_USEC", "WATCHDOG_PID", "SYSTEMD_EXEC_PID")
+_GROUPS: Final = Path("/proc/self/cgroup")
 
 
 class Systemd(Plain):
@@ -42,7 +47,7 @@ class Systemd(Plain):
 
     def described(self) -> str:
         """See `Host`."""
-        unit = _unit(Path("/proc/self/cgroup").read_text(encoding="utf-8"))
+        unit = _unit(_GROUPS.read_text(encoding="utf-8"))
         return "a systemd service" if unit is None else f"systemd service {unit}"
 
     def ready(self) -> None:
@@ -69,6 +74,20 @@ class Systemd(Plain):
             self._socket.sendto(text.encode(), socket.MSG_DONTWAIT, self._address)
         except OSError:
             return  # systemd is restarting or swamped: the next message, in a second, says as much
+
+
+def is_main(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the main process of a service."""
+    pid = environment.get("SYSTEMD_EXEC_PID")
+    if pid is not None:
+        return pid == str(os.getpid())
+    # Before version 248: a child of systemd's, in a service's control group.
+    try:
+        parent = Path(f"/proc/{os.getppid()}/comm").read_text(encoding="utf-8").strip()
+        groups = _GROUPS.read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return parent == "systemd" and _unit(groups) is not None
 
 
 def lingers(user: str) -> bool:

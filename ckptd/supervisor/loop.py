@@ -99,6 +99,7 @@ class Loop:
         clock: the time.
         terminal: where the user is told things.
         host: what started us.
+        signals: those that came so far, and that will come; closed at the end.
         cloud: what may take the machine away; None: nobody.
     """
 
@@ -110,6 +111,7 @@ class Loop:
         clock: Clock,
         terminal: Terminal,
         host: Host,
+        signals: Signals,
         cloud: Cloud | None = None,
     ) -> None:
         job = run.job()
@@ -126,7 +128,7 @@ class Loop:
         journal = Journal(run.journal, clock.wall_s, terminal.say)
         self._scribe = Scribe(journal, run.log, terminal.say_once)
         self._selector = selectors.DefaultSelector()
-        self._signals = Signals()
+        self._signals = signals
         self._server = Server()
         self._errands = Errands(terminal.say_once)
         self._attempt: _Attempt | None = None

@@ -854,7 +854,7 @@ def _doubt(state: State, purpose: Purpose, now_s: float) -> Turn:
     said = (
         f"{purpose.text} at step {state.failed_step}, {state.crashes} times in a row: the "
         f"checkpoint of step {state.ledger.durable_step} is suspected; the one before it is tried "
-        f"once, in {pause_s:g} s (the suspected one is kept, as .superseded when that gets anywhere)"
+        f"once, in {pause_s:g} s (the suspected one is kept, as .superseded if that gets on)"
     )
     phase = Pausing(now_s + pause_s, older=True)
     state = replace(state, phase=phase, doubted=True, refused=None, unfinished=False)
