@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import filelock
 import psutil
 import pytest
+from click.testing import CliRunner
 from conftest import BOUND_S, Workshop, wait_until
 from launched import Launched, fake, logged, python
 
@@ -22,6 +24,7 @@ from ckptd.supervisor.registry import Registry
 from ckptd.supervisor.run import Run, SupervisorFile
 
 UNITS = Path(__file__).parents[2] / "systemd"
+USERS = ("ada", "bob")
 OF_ADA = "/home/ada/venv/bin/ckptd"
 
 
@@ -433,8 +436,40 @@ def test_detached_under_the_service(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "home"), [("ckptd@.service", "/home/ada"), ("ckptd.service", None)]
+    ("name", "whose"), [("ckptd@ada.service", ("ada", "/home/ada")), ("ckptd.service", ())]
 )
-def test_units_are_those_that_are_installed(name: str, home: str | None) -> None:
+def test_units_are_those_that_are_installed(name: str, whose: tuple[str, ...]) -> None:
     """What lies in systemd/ to be read is what `ckptd install-service` writes."""
-    assert (UNITS / name).read_text() == install_service.unit(OF_ADA, home)
+    assert (UNITS / name).read_text() == install_service.unit(OF_ADA, *whose)
+
+
+def test_two_users_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installing for one leaves the other's unit as it was; one that runs and has changed is
+    started again, so that it is what was written."""
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n')
+    systemctl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(install_service, "_SYSTEM_UNITS", tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    homes = {name: pwd.struct_passwd((name, "", 1, 1, "", f"/home/{name}", "")) for name in USERS}
+    monkeypatch.setattr(pwd, "getpwnam", homes.__getitem__)
+
+    def install(user: str, program: str) -> tuple[str, list[str]]:
+        (tmp_path / "calls").write_text("")
+        monkeypatch.setattr(install_service, "_program", lambda: program)
+        words = ["--system", "--for", user]
+        done = CliRunner().invoke(install_service.command, words, catch_exceptions=False)
+        return done.output, (tmp_path / "calls").read_text().splitlines()
+
+    install("ada", "/opt/ada/ckptd")
+    first = (tmp_path / "ckptd@ada.service").read_text()
+    assert "User=ada\n" in first
+    install("bob", "/opt/bob/ckptd")
+    assert (tmp_path / "ckptd@ada.service").read_text() == first
+    assert "/home/bob" in (tmp_path / "ckptd@bob.service").read_text()
+    _, calls = install("ada", "/opt/ada/ckptd")
+    assert "restart ckptd@ada.service" not in calls, "nothing has changed"
+    said, calls = install("ada", "/opt/newer/ckptd")
+    assert calls[-1] == "restart ckptd@ada.service"
+    assert "is started again" in said
