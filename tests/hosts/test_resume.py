@@ -19,9 +19,11 @@ from conftest import BOUND_S, Workshop, wait_until
 from launched import Launched, fake, logged, python
 
 from ckptd.cli import install_service
-from ckptd.supervisor import registry
+from ckptd.host import signals
+from ckptd.host.host import Plain
+from ckptd.supervisor import registry, service
 from ckptd.supervisor.registry import Registry
-from ckptd.supervisor.run import Run, SupervisorFile
+from ckptd.supervisor.run import Run, SupervisorFile, boot_id
 
 UNITS = Path(__file__).parents[2] / "systemd"
 USERS = ("ada", "bob")
@@ -319,6 +321,58 @@ def test_asked_while_it_stops(workshop: Workshop) -> None:
     assert resuming.ends(signal.SIGTERM, signal.SIGUSR2) == 75
     assert attached(workshop, "late") == 1
     assert "late goes on" not in "".join(resuming.said)
+
+
+class Asked(Plain):
+    """A host that counts how often it is asked for more time."""
+
+    times = 0
+
+    def more_time(self, seconds: float) -> None:
+        self.times += 1
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """The tests' own handlers are there again afterwards."""
+    before = {number: signal.getsignal(number) for number in signals._WATCHED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_stop_is_not_drawn_out_for_ever(own_signals: None) -> None:
+    """After an hour the host's own limit holds, should a job not answer any more."""
+    host = Asked()
+    keeper = service.Service(Registry(os.environ), host, print, stay=True)
+    keeper._tell_host()
+    assert host.times == 0
+    keeper._stop()
+    keeper._tell_host()
+    assert host.times == 1
+    assert keeper._stop_began_s is not None
+    keeper._stop_began_s -= service._STOP_S_MAX
+    keeper._tell_host()
+    assert host.times == 1
+    keeper._signals.close()
+
+
+def test_ctrl_c_while_it_waits_for_the_lock(workshop: Workshop) -> None:
+    """Nobody at a terminal has to sit through the grace of a worker that was left behind."""
+    interrupted(workshop, "job")
+    run = run_of(workshop)
+    run.write(SupervisorFile(2**22 + 1, 1.0, os.uname().nodename, boot_id(), "socket"))
+    descriptor = os.open(run.path / "lock", os.O_RDWR)
+    assert filelock.lock_descriptor(descriptor, blocking=False)
+    launched = Launched(workshop, *fake("--total", str(2**40)), options=("--grace", "600"))
+    launched.wait_for("has up to 600 s to save itself")
+    assert launched.signal(signal.SIGINT).ends() == 130
+    launched = Launched(workshop, *fake("--total", str(2**40)), options=("--grace", "600"))
+    launched.wait_for("has up to 600 s to save itself")
+    launched.signal(signal.SIGTERM)
+    os.close(descriptor)
+    assert launched.ends() == 75, "heard, and acted on as soon as the lock is there"
+    assert attached(workshop) == 1
 
 
 def test_what_failed_itself_is_tried_again(workshop: Workshop) -> None:
