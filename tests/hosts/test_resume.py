@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -13,15 +14,19 @@ from pathlib import Path
 import filelock
 import psutil
 import pytest
+from click.testing import CliRunner
 from conftest import BOUND_S, Workshop, wait_until
 from launched import Launched, fake, logged, python
 
 from ckptd.cli import install_service
-from ckptd.supervisor import registry
+from ckptd.host import signals
+from ckptd.host.host import Plain
+from ckptd.supervisor import registry, service
 from ckptd.supervisor.registry import Registry
-from ckptd.supervisor.run import Run, SupervisorFile
+from ckptd.supervisor.run import Run, SupervisorFile, boot_id
 
 UNITS = Path(__file__).parents[2] / "systemd"
+USERS = ("ada", "bob")
 OF_ADA = "/home/ada/venv/bin/ckptd"
 
 
@@ -318,6 +323,58 @@ def test_asked_while_it_stops(workshop: Workshop) -> None:
     assert "late goes on" not in "".join(resuming.said)
 
 
+class Asked(Plain):
+    """A host that counts how often it is asked for more time."""
+
+    times = 0
+
+    def more_time(self, seconds: float) -> None:
+        self.times += 1
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """The tests' own handlers are there again afterwards."""
+    before = {number: signal.getsignal(number) for number in signals._WATCHED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_stop_is_not_drawn_out_for_ever(own_signals: None) -> None:
+    """After an hour the host's own limit holds, should a job not answer any more."""
+    host = Asked()
+    keeper = service.Service(Registry(os.environ), host, print, stay=True)
+    keeper._tell_host()
+    assert host.times == 0
+    keeper._stop()
+    keeper._tell_host()
+    assert host.times == 1
+    assert keeper._stop_began_s is not None
+    keeper._stop_began_s -= service._STOP_S_MAX
+    keeper._tell_host()
+    assert host.times == 1
+    keeper._signals.close()
+
+
+def test_ctrl_c_while_it_waits_for_the_lock(workshop: Workshop) -> None:
+    """Nobody at a terminal has to sit through the grace of a worker that was left behind."""
+    interrupted(workshop, "job")
+    run = run_of(workshop)
+    run.write(SupervisorFile(2**22 + 1, 1.0, os.uname().nodename, boot_id(), "socket"))
+    descriptor = os.open(run.path / "lock", os.O_RDWR)
+    assert filelock.lock_descriptor(descriptor, blocking=False)
+    launched = Launched(workshop, *fake("--total", str(2**40)), options=("--grace", "600"))
+    launched.wait_for("has up to 600 s to save itself")
+    assert launched.signal(signal.SIGINT).ends() == 130
+    launched = Launched(workshop, *fake("--total", str(2**40)), options=("--grace", "600"))
+    launched.wait_for("has up to 600 s to save itself")
+    launched.signal(signal.SIGTERM)
+    os.close(descriptor)
+    assert launched.ends() == 75, "heard, and acted on as soon as the lock is there"
+    assert attached(workshop) == 1
+
+
 def test_what_failed_itself_is_tried_again(workshop: Workshop) -> None:
     """After a pause that grows, so many times; then it is said how it can go on."""
     interrupted(workshop, "job")
@@ -433,8 +490,40 @@ def test_detached_under_the_service(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "home"), [("ckptd@.service", "/home/ada"), ("ckptd.service", None)]
+    ("name", "whose"), [("ckptd@ada.service", ("ada", "/home/ada")), ("ckptd.service", ())]
 )
-def test_units_are_those_that_are_installed(name: str, home: str | None) -> None:
+def test_units_are_those_that_are_installed(name: str, whose: tuple[str, ...]) -> None:
     """What lies in systemd/ to be read is what `ckptd install-service` writes."""
-    assert (UNITS / name).read_text() == install_service.unit(OF_ADA, home)
+    assert (UNITS / name).read_text() == install_service.unit(OF_ADA, *whose)
+
+
+def test_two_users_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installing for one leaves the other's unit as it was; one that runs and has changed is
+    started again, so that it is what was written."""
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n')
+    systemctl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(install_service, "_SYSTEM_UNITS", tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    homes = {name: pwd.struct_passwd((name, "", 1, 1, "", f"/home/{name}", "")) for name in USERS}
+    monkeypatch.setattr(pwd, "getpwnam", homes.__getitem__)
+
+    def install(user: str, program: str) -> tuple[str, list[str]]:
+        (tmp_path / "calls").write_text("")
+        monkeypatch.setattr(install_service, "_program", lambda: program)
+        words = ["--system", "--for", user]
+        done = CliRunner().invoke(install_service.command, words, catch_exceptions=False)
+        return done.output, (tmp_path / "calls").read_text().splitlines()
+
+    install("ada", "/opt/ada/ckptd")
+    first = (tmp_path / "ckptd@ada.service").read_text()
+    assert "User=ada\n" in first
+    install("bob", "/opt/bob/ckptd")
+    assert (tmp_path / "ckptd@ada.service").read_text() == first
+    assert "/home/bob" in (tmp_path / "ckptd@bob.service").read_text()
+    _, calls = install("ada", "/opt/ada/ckptd")
+    assert "restart ckptd@ada.service" not in calls, "nothing has changed"
+    said, calls = install("ada", "/opt/newer/ckptd")
+    assert calls[-1] == "restart ckptd@ada.service"
+    assert "is started again" in said

@@ -114,13 +114,13 @@ def test_before_version_248(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     here = {"NOTIFY_SOCKET": "@/org/systemd"}
     groups = tmp_path / "cgroup"
     groups.write_text("0::/system.slice/train.service\n")
-    monkeypatch.setattr(systemd, "_GROUPS", groups)
+    monkeypatch.setattr(systemd, "_GROUPS", str(groups))
     assert isinstance(host.recognised(here), Plain), "a child of the tests"
     systemd_like = tmp_path / "systemd"
     systemd_like.symlink_to("/bin/sh")
     source = (
-        "import pathlib\nfrom ckptd.host import host, systemd\n"
-        f"systemd._GROUPS = pathlib.Path({str(groups)!r})\n"
+        "from ckptd.host import host, systemd\n"
+        f"systemd._GROUPS = {str(groups)!r}\n"
         f"print(type(host.recognised({here!r})).__name__)"
     )
     said = subprocess.run(
@@ -130,6 +130,33 @@ def test_before_version_248(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         check=True,
     )
     assert said.stdout.strip() == "Systemd"
+
+
+def test_how_long_a_stop_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit's own limit is extended while it saves; that of a user's manager is not."""
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(
+        "#!/bin/sh\ncase $* in *user@*) echo TimeoutStopUSec=2min ;;\n"
+        "*) echo TimeoutStopUSec=1min 30s; echo KillMode=$KILL_MODE ;; esac\n"
+    )
+    systemctl.chmod(0o755)
+    groups = tmp_path / "cgroup"
+    monkeypatch.setattr(systemd, "_GROUPS", str(groups))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("KILL_MODE", "mixed")
+    groups.write_text("0::/system.slice/train.service\n")
+    ((what, mend),) = systemd.stop_limits(1, 100.0)
+    assert ("TimeoutStopSec=1min 30s of train.service" in what, mend) == (True, None)
+    groups.write_text("0::/user.slice/user-7.slice/user@7.service/app.slice/ckptd.service\n")
+    assert [mend for _, mend in systemd.stop_limits(1, 10.0)] == [None, None]
+    _, (what, mend) = systemd.stop_limits(1, 100.0)
+    assert "user@7.service and what runs in it have 2min, a checkpoint took 100 s" in what
+    assert mend is not None
+    monkeypatch.setenv("KILL_MODE", "control-group")
+    assert systemd.stop_limits(1, None)[0][1] == "KillMode=mixed in the unit"
+    systemctl.write_text("#!/bin/sh\nexit 1\n")
+    assert systemd.stop_limits(1, 100.0) == []
+    assert systemd._span_s("infinity") > 1e9
 
 
 def test_the_unit_is_named() -> None:
