@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import resource
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -108,14 +109,22 @@ def _limit_of(group: Path, version: _Version) -> int | None:
     return None
 
 
+#: How a command ends that SIGKILL ended, or whose shell says so.
+_KILLED: Final = (-signal.SIGKILL, 128 + signal.SIGKILL)
+
+
 class OomWatch:
     """Whether the kernel has killed processes for want of memory since this was made."""
 
     def __init__(self) -> None:
         self._before = _oom_kills()
 
-    def found(self) -> str | None:
-        """What to say of it; None: it has killed none."""
+    def found(self, code: int) -> str | None:
+        """What to say of it; None: that is not why it ended.
+
+        Args:
+            code: with which a job ended: its exit status, or minus a signal.
+        """
         now = _oom_kills()
         killed = {name for name, kills in now.items() if kills > self._before.get(name, kills)}
         for group, version in _groups():
@@ -123,8 +132,9 @@ class OomWatch:
                 limit = _limit_of(group, version)
                 of = "" if limit is None else f", which may use {limit >> 20} MiB"
                 return f"out of memory: the kernel killed a process of its control group{of}"
-        if killed:
-            return "out of memory: the kernel killed a process on this machine meanwhile"
+        if killed and code in _KILLED:
+            # Maybe another's: only the whole machine is counted here.
+            return "maybe out of memory: the kernel killed a process on this machine meanwhile"
         return None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,7 +35,8 @@ def show(write: Callable[[str], object]) -> None:
     Args:
         write: is given whole lines.
     """
-    py_spy = shutil.which("py-spy")
+    # Beside the interpreter: a virtual environment need not be in PATH to be used.
+    py_spy = shutil.which("py-spy") or shutil.which(Path(sys.executable).with_name("py-spy"))
     asked = False
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error, OSError):  # it ended meanwhile

@@ -28,7 +28,7 @@ class Attempt:
         written_s: for how long checkpoints were being written beside the training.
         from_step: where it started.
         to_step: where it ended; None: nobody saw it (its supervisor was killed, the power failed).
-        lost_steps: steps that the next one had to do again; None: not known.
+        lost_steps: steps that the next one had to do again, or would have to; None: not known.
         end: why it ended.
     """
 
@@ -109,19 +109,20 @@ def _attempt(
 ) -> tuple[Attempt, float]:
     """One attempt, and when it ended."""
     started, exited = chapter[0], _find(chapter, "exited")
-    runs = following is None and now is not None and exited is None
-    end_t = float(exited["t"] if exited else now if runs and now else chapter[-1]["t"])
+    hang, ended_by = _find(chapter, "hang"), exited or _find(chapter, "killed")
+    runs = following is None and now is not None and ended_by is None
+    end_t = float(ended_by["t"] if ended_by else now if runs and now else chapter[-1]["t"])
     ready = _find(chapter, "restored") or _find(chapter, "attached")
     ready_t = min(float(ready["t"]), end_t) if ready else end_t
-    asked = _find(chapter, "asked to stop") or _find(chapter, "hang")
+    asked = _find(chapter, "asked to stop") or hang
     asked_t = min(max(float(asked["t"]), ready_t), end_t) if asked else end_t
     from_step = started.get("step") or 0
-    to_step = None if exited is None else int(exited["step"])
+    # What hung was seen to stand still, and is killed without a word of its own.
+    seen = ended_by or (None if runs else hang)
+    to_step = None if seen is None else int(seen["step"])
     lost = None
-    if to_step is not None and following is not None:
-        lost = max(0, to_step - (following.get("step") or 0))
-    elif to_step is not None:
-        lost = 0
+    if to_step is not None:
+        lost = max(0, to_step - _goes_on_at(chapter, to_step, following))
     attempt = Attempt(
         number=int(started["attempt"]),
         began=float(started["t"]),
@@ -133,12 +134,22 @@ def _attempt(
         from_step=from_step,
         to_step=to_step,
         lost_steps=lost,
-        end=_why(chapter, exited, runs=runs),
+        end=_why(chapter, ended_by, runs=runs),
     )
     return attempt, end_t
 
 
-def _why(chapter: list[Event], exited: Event | None, *, runs: bool) -> str:
+def _goes_on_at(chapter: list[Event], to_step: int, following: Event | None) -> int:
+    """The step from which the next attempt starts, or will start when there is one."""
+    if following is not None:
+        return following.get("step") or 0
+    if _find(chapter, "finished") is not None:
+        return to_step
+    durable = [int(event["step"]) for event in chapter if event["event"] == "durable"]
+    return max(durable, default=chapter[0].get("step") or 0)
+
+
+def _why(chapter: list[Event], ended_by: Event | None, *, runs: bool) -> str:
     if runs:
         return "it runs"
     for event in reversed(chapter):
@@ -149,10 +160,12 @@ def _why(chapter: list[Event], exited: Event | None, *, runs: bool) -> str:
         return f"a hang: no progress for {hang['seconds']:.0f} s"
     if asked is not None:
         return f"stopped: {asked['by']}"
-    if exited is None:
+    if ended_by is None:
         return "its supervisor was killed, or the machine went down"
-    cause = exited.get("cause")
-    return described(exited["code"]) + (f": {cause}" if cause else "")
+    if ended_by["event"] == "killed":
+        return "killed"
+    cause = ended_by.get("cause")
+    return described(ended_by["code"]) + (f": {cause}" if cause else "")
 
 
 def _find(chapter: list[Event], name: str) -> Event | None:

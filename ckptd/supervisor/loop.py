@@ -589,7 +589,7 @@ class Loop:
             self._hear_worker_out(attempt)
             if not attempt.ready:
                 self._scribe.event("started", attempt=self._number, pid=attempt.child.pid)
-            cause = ("" if code == 0 else attempt.oom.found()) or ""
+            cause = ("" if code == 0 else attempt.oom.found(code)) or ""
             if code != 0:
                 self._last_failure = f"{described(code)} {cause}".rstrip()
             self._tell(machine.Exited(code, self._step(), cause))

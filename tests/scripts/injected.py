@@ -1,22 +1,30 @@
 """A training that something befalls in the middle, once.
 
-injected.py FAULT RESULT: at step 12 it happens, unless it has happened before.
+injected.py FAULT RESULT: at step 12 it happens, unless it has happened before. Under `ckptd launch`
+there is a checkpoint by then, and a newer state in memory.
 """
 
 import ctypes
+import mmap
 import os
 import signal
+import struct
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from interruption import signal_and_see, wait_until
 from small import Training
 from torch.utils.data import DataLoader, Dataset
 
 import ckptd
+from ckptd import wire
 
-FAULT_AT, STEPS = 12, 24
+DURABLE_AT, HELD_AT, FAULT_AT, STEPS = 4, 8, 12, 24
+LAUNCHED = "CKPTD_SOCKET" in os.environ
+BOMB_MAX = 300
 
 
 class Noise(Dataset):
@@ -27,9 +35,13 @@ class Noise(Dataset):
         return index
 
     def __getitems__(self, indices):
-        if FAULT == "fork bomb" and FAULT_AT + 3 in indices and happens():
+        if FAULT == "fork bomb" and armed().exists() and happens():
             bomb()
         return indices
+
+
+def armed():
+    return RESULT.parent / "armed"
 
 
 def happens():
@@ -41,16 +53,35 @@ def happens():
     return True
 
 
+def has_happened():
+    return (RESULT.parent / "happened").exists()
+
+
 def bomb():
-    """A loader worker that fills the machine with processes, each on its own."""
-    for _ in range(30):
+    """A loader worker that fills the machine with processes that go on forking while they are
+    killed: some leave two, some are gone again at once, so that whoever looks for them is late."""
+    forked = mmap.mmap(-1, 8)  # shared by all of them
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+    for hops in (False, False, False, True, True, True):
         if os.fork() == 0:
-            os.setsid()
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-                signal.signal(number, signal.SIG_IGN)
-            time.sleep(3600)
+            spread(forked, hops=hops)
+    os.kill(parent, signal.SIGKILL)
+
+
+def spread(forked, *, hops):
+    while True:
+        os.setsid() if os.getsid(0) != os.getpid() else None
+        time.sleep(0.02)
+        (count,) = struct.unpack("q", forked[:])
+        if count >= BOMB_MAX:
+            break
+        forked[:] = struct.pack("q", count + 1)
+        if os.fork() > 0 and hops:
             os._exit(0)
-    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(3600)
+    os._exit(0)
 
 
 def deadlock_with_interpreter():
@@ -84,6 +115,16 @@ def out_of_memory():
         kept.append(b"\1" * (64 << 20))
 
 
+def fill_the_disk(job):
+    """The run's, until not a byte is left; then a checkpoint is asked for."""
+    with Path(job._link.welcome.run, "filler").open("wb", buffering=0) as filler:
+        for size in (1 << 20, 1 << 12, 1):
+            with suppress(OSError):
+                while filler.write(bytes(size)):
+                    pass
+    signal_and_see(job, lambda: os.kill(job._link.supervisor_pid(), signal.SIGUSR2))
+
+
 FAULTS = {
     "segfault": lambda: ctypes.string_at(0),
     "abort": os.abort,
@@ -94,9 +135,20 @@ FAULTS = {
     "deadlock with the interpreter's lock": deadlock_with_interpreter,
     "deadlock": deadlock,
     "ignores everything": ignore_everything,
+    "a full disk": lambda: None,  # needs the job
     "fork bomb": lambda: None,  # in a loader worker
     "none": lambda: None,
 }
+
+
+def states(job, done):
+    """Have a durable state, and then a newer one that is in memory alone."""
+    if done == DURABLE_AT:
+        signal_and_see(job, lambda: os.kill(job._link.supervisor_pid(), signal.SIGUSR2))
+    elif done == HELD_AT:
+        checkpoints = Path(job._link.welcome.run, "checkpoints")
+        wait_until(lambda: list(checkpoints.glob("0*")), "a checkpoint")
+        wait_until(lambda: job.words[wire.WORD_REQUEST] != job.answered, "a request")
 
 
 def main():
@@ -104,9 +156,20 @@ def main():
     bombed = FAULT == "fork bomb"
     loader = DataLoader(Noise(), batch_size=1, shuffle=True, num_workers=2 if bombed else 0)
     for _ in training.job.loop(loader):
-        if len(training.losses) == FAULT_AT and not bombed and happens():
-            print("it happens", flush=True)
-            FAULTS[FAULT]()
+        done = len(training.losses)
+        if LAUNCHED and not has_happened():
+            states(training.job, done)
+            if done == FAULT_AT and bombed:
+                armed().touch()
+            elif done == FAULT_AT and FAULT == "a full disk":
+                fill_the_disk(training.job)
+            elif done == FAULT_AT + 1 and FAULT == "a full disk":
+                wait_until(lambda: training.job._link._receipts, "a receipt")
+                happens()
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif done == FAULT_AT and happens():
+                print("it happens", flush=True)
+                FAULTS[FAULT]()
         training.step()
     training.write(RESULT)
 

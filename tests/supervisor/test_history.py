@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from conftest import Workshop
 from launched import fake
 
@@ -53,6 +54,61 @@ def test_a_life() -> None:
         "its supervisor was killed, or the machine went down",
         "it runs",
     ]
+
+
+#: Three that were killed: by a hang, at a stop's deadline, and because of a newer copy.
+KILLED = [
+    at(0, "started", attempt=1, step=None),
+    at(10, "attached", attempt=1),
+    at(60, "durable", step=50, seconds=1.0),
+    at(100, "hang", step=70, seconds=30.0),
+    at(120, "killed", step=70),
+    at(130, "started", attempt=2, step=50),
+    at(140, "attached", attempt=2),
+    at(240, "asked to stop", by="SIGTERM"),
+    at(270, "killed", step=150),
+    at(271, "durable", step=120, seconds=1.0),
+    at(271, "stopped", code=75, text="stopped"),
+    at(300, "started", attempt=3, step=120),
+    at(310, "attached", attempt=3),
+    at(350, "durable", step=160, seconds=1.0),
+    at(360, "killed", step=175),
+    at(360, "fenced", code=69, text="fenced"),
+]
+
+
+@pytest.mark.parametrize("with_events", [True, False])
+def test_killed(with_events: bool) -> None:
+    """Whoever is killed leaves no exit status: where it was, and what that cost, is known all the
+    same. A journal that knows no killings has at least the hang's step."""
+    events = [e for e in KILLED if with_events or e["event"] != "killed"]
+    lived = life(events)
+    assert [one.end for one in lived.attempts] == [
+        "a hang: no progress for 30 s",
+        "stopped: SIGTERM",
+        "fenced",
+    ]
+    known = (
+        [(70, 20), (150, 30), (175, 15)] if with_events else [(70, 20), (None,) * 2, (None,) * 2]
+    )
+    assert [(one.to_step, one.lost_steps) for one in lived.attempts] == known
+    if with_events:
+        assert [one.flushing_s for one in lived.attempts] == [20, 30, 0]
+
+
+def test_an_end_that_nobody_follows() -> None:
+    """Given up on, or waiting to be started: what is newer than the newest checkpoint is lost.
+    What has finished has lost nothing."""
+    crashed = [
+        at(0, "started", attempt=1, step=None),
+        at(10, "attached", attempt=1),
+        at(20, "durable", step=30, seconds=1.0),
+        at(40, "exited", code=1, step=40),
+        at(40, "gave up", code=70, text=""),
+    ]
+    assert life(crashed).attempts[0].lost_steps == 10
+    finished = [*crashed[:3], at(40, "exited", code=0, step=40), at(40, "finished", code=0)]
+    assert life(finished).attempts[0].lost_steps == 0
 
 
 def test_nothing_happened() -> None:
