@@ -38,12 +38,12 @@ from ckptd.store import fence, retention, store
 from ckptd.store.manifest import File
 from ckptd.supervisor import machine, server
 from ckptd.supervisor.errands import Errands
+from ckptd.supervisor.gauge import Facts, Gauge, summary
 from ckptd.supervisor.journal import Journal
 from ckptd.supervisor.policy import (
     SLOW_WRITE_S,
     Exit,
     Policy,
-    at_stake,
     described,
     sized,
     space_short,
@@ -61,7 +61,6 @@ _FENCE_S: Final = 5.0  # how often it is looked whether a newer copy runs elsewh
 _GLANCE_S: Final = 1.0  # how often the terminal's line and the rate are brought up to date
 _MORE_TIME_S: Final = 30.0  # asked for anew at each glance
 _LAST_LINES: Final = 20
-_RATE_WINDOW: Final = 30
 #: No fault of the command's: it is tried until the disk is there again.
 _DISK_TROUBLE: Final = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOENT, errno.EACCES, errno.EPERM),
@@ -149,16 +148,7 @@ class Loop:
         self._last_lines: deque[bytes] = deque(maxlen=_LAST_LINES)
         self._unended = b""  # the begin of a line whose rest has not come yet
         self._rhythm = Rhythm(policy.hang_after_s)
-        self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
-        self._began_s = clock.now_s()
-        self._durable_at_s: float | None = None  # when the newest durable state was taken
-        self._whole_at_s: float | None = None  # when the newest state in memory was taken
-        self._started_at_s = clock.now_s()
-        self._cost_s = 0.0  # of the last snapshot
-        self._write_began_s = 0.0
-        self._write_s: float | None = None
         self._read_once = False
-        self._last_failure = ""
         # By their names; what they hold is read while the command starts.
         names = self._checkpoints()
         order = retention.order_of(names[0]) if names else None
@@ -170,7 +160,7 @@ class Loop:
             checkpoints=len(names),
         )
         self._began_at = self._state.ledger.durable_step
-        self._restarts = -1 if self._began_at is None else 0  # the first start is none
+        self._gauge = Gauge(policy, clock.now_s(), continued=self._began_at is not None)
 
     @property
     def progressed(self) -> bool:
@@ -302,7 +292,7 @@ class Loop:
                 if attempt is not None:
                     attempt.child.signal(number)
             case machine.Publish(generation):
-                self._write_began_s = self._clock.now_s()
+                self._gauge.write_began(self._clock.now_s())
                 self._writer.publish(self._held[generation])
             case machine.Forget(generation):
                 self._release(generation)
@@ -485,11 +475,9 @@ class Loop:
         attempt = _Attempt(self._number, child, output, page_fd, page, None, snapshot, oom)
         self._attempt = attempt
         self._rhythm.started()
-        self._started_at_s = self._clock.now_s()
-        self._samples.clear()
+        self._gauge.started(self._clock.now_s(), from_memory=snapshot is not None)
         self._last_lines.clear()
         self._unended = b""
-        self._restarts += 1
         self._watch(child, self._child_ended)
         self._selector.register(output, selectors.EVENT_READ, self._output_came)
         self._note_supervisor()
@@ -591,7 +579,7 @@ class Loop:
                 self._scribe.event("started", attempt=self._number, pid=attempt.child.pid)
             cause = ("" if code == 0 else attempt.oom.found(code)) or ""
             if code != 0:
-                self._last_failure = f"{described(code)} {cause}".rstrip()
+                self._gauge.last_failure = f"{described(code)} {cause}".rstrip()
             self._tell(machine.Exited(code, self._step(), cause))
 
     def _hear_worker_out(self, attempt: _Attempt) -> None:
@@ -602,10 +590,10 @@ class Loop:
     def _write_ended(self) -> None:
         done: Done = self._writer.take()
         if done.why is None:
-            self._durable_at_s = self._held[done.generation].came_s
             self._sums[done.generation] = done.files
-            self._write_s = self._clock.now_s() - self._write_began_s
-            self._tell(machine.Published(done.generation, done.step, self._write_s))
+            taken_s = self._held[done.generation].came_s
+            took_s = self._gauge.written(self._clock.now_s(), taken_s)
+            self._tell(machine.Published(done.generation, done.step, took_s))
         else:
             self._tell(machine.PublishFailed(done.generation, done.why, done.fenced))
 
@@ -727,7 +715,7 @@ class Loop:
             job = Job(message, table, descriptors[0], attempt.number, now_s)
             self._held[message.generation] = job
             self._generation = message.generation
-            self._whole_at_s, self._cost_s = now_s, message.cost_s
+            self._gauge.taken(now_s, message.cost_s)
             asked = wire.serial_of(message.asked)
             self._tell(
                 machine.SnapshotCame(message.generation, message.step, asked, message.cost_s)
@@ -833,13 +821,14 @@ class Loop:
 
     def _glance(self, now_s: float) -> None:
         """Bring the rate and the terminal's line up to date, about once a second."""
-        if self._samples and now_s - self._samples[-1][0] < _GLANCE_S:
+        looked_s = self._gauge.looked_s()
+        if looked_s is not None and now_s - looked_s < _GLANCE_S:
             return
-        self._samples.append((now_s, self._step()))
+        self._gauge.moved(now_s, self._step())
         self._look_for_hang(now_s)
         self._tell_host()
         writing = self._state.ledger.writing
-        if writing is not None and now_s - self._write_began_s > SLOW_WRITE_S:
+        if writing is not None and self._gauge.writes_for_s(now_s) > SLOW_WRITE_S:
             held = self._state.ledger.held or writing
             goes_on = isinstance(self._state.phase, machine.Attached)
             self._terminal.say_once(
@@ -866,7 +855,7 @@ class Loop:
         self._rhythm.look(now_s, step, items, first=first, stopped=stopped)
         idle_s = self._rhythm.idle_s
         if self._rhythm.hangs():
-            self._last_failure = f"a hang at step {step}"
+            self._gauge.last_failure = f"a hang at step {step}"
             self._tell(machine.Stalled(idle_s, step))
 
     def _tell_host(self) -> None:
@@ -876,74 +865,18 @@ class Loop:
         if not isinstance(self._state.phase, runs) and machine.deadline(self._state) is not None:
             self._host.more_time(_MORE_TIME_S)  # it ends: at a deadline of the machine's
 
-    def _rate(self) -> float | None:
-        """Steps per second over the last samples."""
-        if len(self._samples) < 2:  # two points make a slope
-            return None
-        (then_s, then), (now_s, now) = self._samples[0], self._samples[-1]
-        return (now - then) / (now_s - then_s) if now > then else None
-
-    def _place(self) -> str:
-        if self._attempt is None:
-            return ""
-        parts = []
-        for loop in self._attempt.page.loops():
-            of = f"/{loop.length}" if loop.length else ""
-            parts.append(f"{min(loop.done + 1, loop.length or loop.done + 1)}{of}")
-        return " · ".join(parts)
-
-    def _facts(self) -> dict[str, str | int | float | None]:
-        ledger, now_s = self._state.ledger, self._clock.now_s()
-        durable_s = None if self._durable_at_s is None else now_s - self._durable_at_s
-        rate = self._rate()
-        values = {} if self._attempt is None else self._attempt.page.values()
-        return {
-            "state": type(self._state.phase).__name__.lower(),
-            "attempt": self._number,
-            "step": self._step(),
-            "place": self._place(),
-            "rate": None if rate is None else round(rate, 3),
-            "durable step": ledger.durable_step,
-            "durable age s": None if durable_s is None else round(durable_s, 1),
-            "restarts": self._restarts,
-            "last failure": self._last_failure or None,
-            "not durable because": ledger.failed,
-            "would cost": self._at_stake(now_s, rate, durable_s),
-            **{f"log {name}": value for name, value in values.items()},
-        }
-
-    def _at_stake(self, now_s: float, rate: float | None, durable_s: float | None) -> str | None:
-        """What an interruption would cost now; None: no worker runs."""
-        if self._attempt is None or self._attempt.worker is None:
-            return None
-        ledger, runs_s = self._state.ledger, now_s - self._started_at_s
-        in_memory = ledger.held is not None or ledger.writing is not None
-        whole_s = durable_s
-        if in_memory and self._whole_at_s is not None:
-            whole_s = now_s - self._whole_at_s
-        if self._attempt.memory is None:
-            # What it began with was durable, or nothing.
-            power_s = runs_s if durable_s is None else min(durable_s, runs_s)
-        else:
-            power_s = now_s - self._began_s if durable_s is None else durable_s
-        return at_stake(
-            self._policy.grace_s,
-            flush_s=None if self._write_s is None else self._cost_s + self._write_s,
-            step_s=None if not rate else 1 / rate,
-            crash_s=runs_s if whole_s is None else min(whole_s, runs_s),
-            power_s=power_s,
-            refused=ledger.failed is not None,
+    def _facts(self) -> Facts:
+        attempt = self._attempt
+        return self._gauge.facts(
+            self._state,
+            self._clock.now_s(),
+            attempt=self._number,
+            page=None if attempt is None else attempt.page,
+            works=attempt is not None and attempt.worker is not None,
         )
 
     def _summary(self) -> str:
-        """One line for a person: "attached · 3/30 · 40/120 · step 400 · 12.3/s · durable 400"."""
-        facts = self._facts()
-        words = [str(facts["state"]), str(facts["place"] or ""), f"step {facts['step']}"]
-        if facts["rate"] is not None:
-            words.append(f"{facts['rate']:.3g} steps/s")
-        if facts["durable step"] is not None:
-            words.append(f"durable: step {facts['durable step']}")
-        return " · ".join(word for word in words if word)
+        return summary(self._facts())
 
     # -------------------------------------------------------------- the small things
 
