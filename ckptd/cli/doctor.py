@@ -9,8 +9,7 @@ from pathlib import Path
 import click
 
 from ckptd.cli import options
-from ckptd.host import host as hosts
-from ckptd.host import systemd
+from ckptd.host import hosts, systemd
 from ckptd.supervisor import doctor
 from ckptd.supervisor import run as runs
 from ckptd.supervisor.policy import Policy

@@ -18,8 +18,7 @@ from click.core import ParameterSource
 from ckptd import __version__
 from ckptd.cli import options
 from ckptd.errors import CkptdError, UsageError
-from ckptd.host import children, clouds
-from ckptd.host import host as hosts
+from ckptd.host import children, clouds, hosts
 from ckptd.host.clock import RealClock
 from ckptd.host.disk import RealDisk
 from ckptd.host.signals import Signals

@@ -9,7 +9,7 @@ import click
 
 from ckptd.cli import options
 from ckptd.errors import UsageError
-from ckptd.host import host as hosts
+from ckptd.host import hosts
 from ckptd.supervisor import registry
 from ckptd.supervisor import run as runs
 from ckptd.supervisor.registry import Registry

@@ -9,13 +9,24 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
-from ckptd.errors import UsageError
 
-#: What `--host` may name; "auto" looks at the environment.
-NAMES: Final = ("auto", "none", "slurm", "systemd")
+@dataclass(frozen=True)
+class Notice:
+    """What a host knows of a stop signal.
+
+    Attributes:
+        left_s: seconds from now until it kills the job; None: unknown, or never.
+        why: what it is for, for a person; None: unknown.
+        assumed: `left_s` is what is usual here: where the user gives a grace, that one holds.
+    """
+
+    left_s: float | None = None
+    why: str | None = None
+    assumed: bool = False
 
 
 class Host(Protocol):
@@ -50,8 +61,8 @@ class Host(Protocol):
             flush_s: seconds that a checkpoint takes; None: that is not known.
         """
 
-    def left_s(self) -> float | None:
-        """Seconds from now until the host kills the job; None: unknown, or never."""
+    def notice(self) -> Notice:
+        """After a stop signal: how long is left, and why it came."""
 
     def again(self) -> str | None:
         """Have an interrupted job started again, where that has to be asked for.
@@ -98,9 +109,9 @@ class Plain:
         """See `Host`."""
         return []
 
-    def left_s(self) -> float | None:
+    def notice(self) -> Notice:
         """See `Host`."""
-        return None
+        return Notice()
 
     def again(self) -> str | None:
         """See `Host`."""
@@ -121,30 +132,3 @@ class Plain:
 
     def more_time(self, seconds: float) -> None:
         """See `Host`."""
-
-
-def recognised(environment: Mapping[str, str], named: str = "auto") -> Host:
-    """The host that the environment shows, or the one that was named.
-
-    Raises:
-        UsageError: the environment has nothing of the host that was named.
-    """
-    from ckptd.host import slurm, systemd
-
-    variables = {"slurm": slurm.JOB_VARIABLE, "systemd": systemd.SOCKET_VARIABLE}
-    makers: dict[str, Callable[[Mapping[str, str]], Host]] = {
-        "slurm": slurm.Slurm,
-        "systemd": systemd.Systemd,
-    }
-    for name, variable in variables.items():
-        if named in ("auto", name) and variable in environment:
-            if name == "systemd" and named == "auto" and not systemd.is_main(environment):
-                continue
-            return makers[name](environment)
-    if named in variables:
-        how = {"slurm": "Submit it with sbatch", "systemd": "Start it as a service (Type=notify)"}
-        raise UsageError(
-            f"--host {named}: ${variables[named]} is not set, so {named} has not started this. "
-            f"{how[named]}, or leave the option out"
-        )
-    return Plain()

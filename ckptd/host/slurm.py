@@ -32,7 +32,7 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from ckptd.host.host import Plain
+from ckptd.host.host import Notice, Plain
 
 JOB_VARIABLE: Final = "SLURM_JOB_ID"
 
@@ -44,6 +44,8 @@ _PAUSE_S: Final = 1.0
 #: A flush that takes more than this of KillWait is better warned of before.
 _KILL_WAIT_SHARE: Final = 0.5
 _WARNING_MIN_S: Final = 120.0
+#: A signal that comes so long before the time limit is one of `--signal`, as a rule.
+_LIMIT_IS_NEAR_S: Final = 900.0
 
 _FIELD: Final = re.compile(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)")
 _KILL_WAIT: Final = re.compile(r"^KillWait\s*=\s*(\d+)", re.MULTILINE)
@@ -110,7 +112,7 @@ class Slurm(Plain):
             found.append((what, f"#SBATCH --signal=B:USR1@{warning_s:.0f}"))
         return found
 
-    def left_s(self) -> float | None:
+    def notice(self) -> Notice:
         """See `Host`."""
         asked_s = time.time()  # the time that the question takes is not left
         try:
@@ -118,11 +120,24 @@ class Slurm(Plain):
             if self._kill_wait_s is None:
                 self._kill_wait_s = self._read_kill_wait_s()
         except _NoAnswerError:
-            return None
-        if shown.get("JobState") != "RUNNING":  # SIGTERM was sent; EndTime may be the next run's
-            return self._kill_wait_s
+            return Notice()
         end = _seconds(shown.get("EndTime"))
-        return None if end is None else max(end - asked_s, 0.0) + self._kill_wait_s
+        if shown.get("JobState") != "RUNNING":  # SIGTERM was sent; EndTime may be the next run's
+            return Notice(self._kill_wait_s, self._why_ended(shown))
+        why = "it is preempted" if _is_preempted(shown) else None
+        if end is None:
+            return Notice(None, why)
+        left_s = max(end - asked_s, 0.0)
+        if why is None and left_s < _LIMIT_IS_NEAR_S:
+            why = "its time limit comes"
+        return Notice(left_s + self._kill_wait_s, why)
+
+    def _why_ended(self, shown: Mapping[str, str]) -> str:
+        if shown.get("Reason") == "TimeLimit":
+            return "its time limit is over"
+        if _is_preempted(shown):
+            return "it was preempted"
+        return "it was requeued" if self._is_back(shown) else "it was cancelled"
 
     def again(self) -> str | None:
         """See `Host`."""

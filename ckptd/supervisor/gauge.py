@@ -49,6 +49,10 @@ class Gauge:
         self._restarts += 1
         self._samples.clear()
 
+    def runs_s(self, now_s: float) -> float:
+        """For how long this attempt has run."""
+        return now_s - self._started_s
+
     def moved(self, now_s: float, step: int) -> None:
         """This is where it is."""
         self._samples.append((now_s, step))
@@ -121,7 +125,7 @@ class Gauge:
 
     def _at_stake(self, ledger: machine.Ledger, now_s: float, rate: float | None) -> str:
         """What an interruption would cost now."""
-        runs_s = now_s - self._started_s
+        runs_s = self.runs_s(now_s)
         durable_s = None if self._durable_s is None else now_s - self._durable_s
         in_memory = ledger.held is not None or ledger.writing is not None
         whole_s = now_s - self._whole_s if in_memory and self._whole_s is not None else durable_s

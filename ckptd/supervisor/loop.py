@@ -32,6 +32,7 @@ from ckptd.host.clock import Clock
 from ckptd.host.clouds import Cloud, Notice
 from ckptd.host.disk import RealDisk
 from ckptd.host.host import Host
+from ckptd.host.host import Notice as HostNotice
 from ckptd.host.memory import OomWatch
 from ckptd.host.signals import Signals
 from ckptd.store import fence, retention, store
@@ -60,6 +61,7 @@ _TREE_POLL_S: Final = 0.02
 _FENCE_S: Final = 5.0  # how often it is looked whether a newer copy runs elsewhere
 _GLANCE_S: Final = 1.0  # how often the terminal's line and the rate are brought up to date
 _MORE_TIME_S: Final = 30.0  # asked for anew at each glance
+_READS_S: Final = 5.0  # reading a checkpoint takes no longer, as a rule
 _LAST_LINES: Final = 20
 #: No fault of the command's: it is tried until the disk is there again.
 _DISK_TROUBLE: Final = {
@@ -561,12 +563,15 @@ class Loop:
             return
         asked_s = self._clock.now_s()
 
-        def limited(left_s: float | None) -> None:
-            if left_s is not None:
-                passed_s = self._clock.now_s() - asked_s
-                self._tell(machine.HostLimited(max(left_s - passed_s, 0.0)))
+        def noticed(notice: HostNotice) -> None:
+            overruled = notice.assumed and self._policy.grace_given
+            if notice.left_s is not None and not overruled:
+                left_s = max(notice.left_s - (self._clock.now_s() - asked_s), 0.0)
+                self._tell(machine.HostLimited(left_s, notice.why))
+            elif notice.why is not None:
+                self._scribe.event("told", text=notice.why)
 
-        self._errands.ask("host", self._host.left_s, limited)
+        self._errands.ask("host", self._host.notice, noticed)
 
     def _child_ended(self) -> None:
         attempt = self._attempt
@@ -826,7 +831,7 @@ class Loop:
             return
         self._gauge.moved(now_s, self._step())
         self._look_for_hang(now_s)
-        self._tell_host()
+        self._tell_host(now_s)
         writing = self._state.ledger.writing
         if writing is not None and self._gauge.writes_for_s(now_s) > SLOW_WRITE_S:
             held = self._state.ledger.held or writing
@@ -858,11 +863,14 @@ class Loop:
             self._gauge.last_failure = f"a hang at step {step}"
             self._tell(machine.Stalled(idle_s, step))
 
-    def _tell_host(self) -> None:
+    def _tell_host(self, now_s: float) -> None:
         self._host.alive()
         self._host.status(self._summary)
-        runs = (machine.Pausing, machine.Attached)
-        if not isinstance(self._state.phase, runs) and machine.deadline(self._state) is not None:
+        reads = self._attempt is not None and not self._attempt.ready
+        runs = isinstance(self._state.phase, machine.Pausing | machine.Attached)
+        if reads and self._gauge.runs_s(now_s) > _READS_S:
+            self._host.more_time(_MORE_TIME_S)  # a large checkpoint, before it is ready
+        elif not runs and machine.deadline(self._state) is not None:
             self._host.more_time(_MORE_TIME_S)  # it ends: at a deadline of the machine's
 
     def _facts(self) -> Facts:

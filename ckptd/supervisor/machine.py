@@ -207,9 +207,10 @@ class Signalled:
 
 @dataclass(frozen=True, slots=True)
 class HostLimited:
-    """After a stop signal, the host said for how long it lets the job run still."""
+    """After a stop signal, the host said for how long it lets the job run still, and why not."""
 
     left_s: float
+    why: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1328,10 +1329,12 @@ def _limited(
         return state, []
     granted_s = round(policies.within(fact.left_s), 1)
     deadline_s = now_s + granted_s
+    why = "" if fact.why is None else f"{fact.why}; "
     if state.policy.grace_given and phase.deadline_s <= deadline_s:
-        return state, []
+        return state, [Say(f"{why}the host leaves {fact.left_s:.0f} s, --grace is shorter")]
     state = replace(state, granted_s=granted_s, phase=replace(phase, deadline_s=deadline_s))
-    return state, [Say(f"the host leaves {fact.left_s:.0f} s: the job has {granted_s:.0f} s")]
+    said = f"{why}the host leaves {fact.left_s:.0f} s: the job has {granted_s:.0f} s"
+    return state, [Say(said)]
 
 
 def _superseded(state: State, phase: Phase, fact: Superseded, now_s: float) -> Turn:

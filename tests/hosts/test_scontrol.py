@@ -18,6 +18,7 @@ from launched import Launched, checkpoints, fake, no_leftovers, python  # noqa: 
 
 from ckptd.cli.status import look
 from ckptd.host import slurm
+from ckptd.host.host import Notice
 from ckptd.supervisor.run import Run
 
 SCRIPT = """#!/bin/sh
@@ -262,7 +263,7 @@ def test_it_hangs(workshop: Workshop, scontrol: Scontrol, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", path)
     job = slurm.Slurm({"SLURM_JOB_ID": "7", "PATH": path})
     assert "until nobody knows when: scontrol did not answer within 0.1 s" in job.described()
-    assert job.left_s() is None
+    assert job.notice() == Notice()
     said = job.again()
     assert said is not None
     assert "put it back by hand with `scontrol requeue 7`" in said
@@ -325,3 +326,30 @@ def test_what_the_doctor_finds(
     assert mend == "#SBATCH --signal=B:USR1@200"
     scontrol.says("RUNNING", Requeue="0", BatchFlag="0")
     assert [mend.split()[0] for _, mend in job.doubts(None)] == ["#SBATCH", "submit"]
+
+
+@pytest.mark.parametrize(
+    ("state", "more", "why"),
+    [
+        ("RUNNING", {}, None),
+        ("RUNNING", {"EndTime": "soon"}, "its time limit comes"),
+        ("RUNNING", {"PreemptTime": "9", "StartTime": "8"}, "it is preempted"),
+        ("COMPLETING", {"Reason": "TimeLimit"}, "its time limit is over"),
+        ("COMPLETING", {"PreemptTime": "9", "StartTime": "8"}, "it was preempted"),
+        ("COMPLETING", {"Restarts": "1"}, "it was requeued"),
+        ("COMPLETING", {}, "it was cancelled"),
+    ],
+)
+def test_why_it_was_signalled(
+    scontrol: Scontrol,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    more: dict[str, str],
+    why: str | None,
+) -> None:
+    """Slurm knows what a signal is for, which alone says nothing."""
+    monkeypatch.setenv("PATH", f"{scontrol.path}:{os.environ['PATH']}")
+    if more.get("EndTime") == "soon":
+        more = {"EndTime": str(int(time.time()) + 100)}
+    scontrol.says(state, **more)
+    assert slurm.Slurm({**os.environ, "SLURM_JOB_ID": "7"}).notice().why == why
