@@ -55,14 +55,11 @@ class Copies:
     def __exit__(self, kind: object, *_: object) -> None:
         try:
             if kind is None:
-                self._move_shares()
-                for stream in self._streams.values():
-                    stream.synchronize()
-            else:
-                for stream in self._streams.values():
-                    with suppress(RuntimeError):  # there is an error already
-                        stream.synchronize()
+                self.finish()
         finally:
+            for stream in self._streams.values():
+                with suppress(RuntimeError):  # where there is one, it is raised already
+                    stream.synchronize()
             self._shares.clear()
             self._kept.clear()
 
@@ -92,7 +89,8 @@ class Copies:
             self._shares[-1].append((target + at, source + at, piece))
             self._room -= piece
 
-    def _move_shares(self) -> None:
+    def finish(self) -> None:
+        """Wait until everything is there; at the end of the `with` by itself."""
         threads = min(_THREADS_MAX, len(os.sched_getaffinity(0)), len(self._shares))
         if threads > 1:
             with ThreadPoolExecutor(threads, "ckptd-copy") as pool:
@@ -100,6 +98,9 @@ class Copies:
         else:
             for share in self._shares:
                 _move_all(share)
+        self._shares.clear()
+        for stream in self._streams.values():
+            stream.synchronize()
 
     def _add_from_gpu(self, offset: int, tensor: torch.Tensor) -> None:
         if not tensor.numel():
