@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +57,14 @@ def limited(length: int) -> Iterator[list[str]]:
 
 @dataclass
 class Workshop:
-    """A directory for one job, and the commands to run it."""
+    """A directory for one job, and the commands to run it.
+
+    Attributes:
+        prefix: the first words of `ckptd launch`, to start it through another command.
+    """
 
     path: Path
+    prefix: Sequence[str] = ()
 
     def environment(self, **more: str) -> dict[str, str]:
         """Ours, without what would change a job's bits; restarts without a pause."""
@@ -71,7 +76,7 @@ class Workshop:
         if "--overhead" not in options:
             options = ("--overhead", "0", *options)
         head = [sys.executable, "-m", "ckptd", "launch", "--dir", str(self.path / "runs")]
-        return [*head, "--name", name, *options, "--"]
+        return [*self.prefix, *head, "--name", name, *options, "--"]
 
     def launch(
         self, *argv: str, options: tuple[str, ...] = (), **environment: str

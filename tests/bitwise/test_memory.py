@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import BOUND_S, SCRIPTS, Workshop, limited
+from conftest import SCRIPTS, Workshop, limited
 
 pytestmark = pytest.mark.real
 
@@ -79,17 +78,9 @@ def test_no_memory_for_a_snapshot(workshop: Workshop, tmp_path: Path) -> None:
     each is durable, nobody is killed for want of memory, and it continues bit for bit."""
     script = str(SCRIPTS / "short_of_memory.py")
     workshop.plain(sys.executable, script, str(tmp_path / "plain"))
-    command = [*workshop.command(), sys.executable, script, str(tmp_path / "out")]
-    with limited(640 << 20) as through:
-        done = subprocess.run(
-            [*through, *command],
-            cwd=workshop.path,
-            env=workshop.environment(),
-            capture_output=True,
-            text=True,
-            timeout=BOUND_S,
-            check=False,
-        )
+    with limited(640 << 20) as prefix:
+        within = Workshop(workshop.path, prefix)
+        done = within.launch(sys.executable, script, str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert "a snapshot needs 256 MiB of memory" in done.stderr
     assert "it goes through a file in" in done.stderr

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -39,16 +38,6 @@ OFTEN = ("--every", "0.05", "--keep", "2")
 def heavy(*options: str) -> tuple[str, ...]:
     """The command of a worker with a state of a mebibyte."""
     return sys.executable, HEAVY, *options
-
-
-@dataclass
-class Prefixed(Workshop):
-    """A workshop whose `ckptd launch` is started through another command."""
-
-    prefix: tuple[str, ...] = ()
-
-    def command(self, *options: str, name: str = "job") -> list[str]:
-        return [*self.prefix, *super().command(*options, name=name)]
 
 
 @pytest.fixture
@@ -229,7 +218,7 @@ def test_forbidden(workshop: Workshop) -> None:
         if shutil.which("setpriv") is None:
             pytest.skip("root without `setpriv` can't be forbidden anything")
         powerless = ("setpriv", "--inh-caps=-all", "--bounding-set=-all")
-        workshop = Prefixed(workshop.path, powerless)
+        workshop = Workshop(workshop.path, powerless)
     launched = Launched(workshop, *heavy(), options=OFTEN)
     wait_durable(launched)
     path = run_of(workshop).checkpoints
@@ -249,7 +238,7 @@ def test_file_size_limit(workshop: Workshop) -> None:
     """A limit on the size of files that a checkpoint does not fit in: said; 74 at the stop."""
     if shutil.which("prlimit") is None:
         pytest.skip("there is no `prlimit` here")
-    limited = Prefixed(workshop.path, ("prlimit", f"--fsize={BULK // 2}:unlimited"))
+    limited = Workshop(workshop.path, ("prlimit", f"--fsize={BULK // 2}:unlimited"))
     launched = Launched(limited, *heavy(), options=OFTEN)
     told = launched.wait_for("could not make a checkpoint durable")
     assert "File too large" in told
