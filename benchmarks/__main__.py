@@ -131,18 +131,22 @@ class Bench:
         return [sys.executable, str(SCRIPTS / "resume.py"), out, str(batch)]
 
     def _resident(self) -> list[float]:
-        """MiB of the supervisor while it watches a job, as its command sees it."""
+        """MiB of the supervisor, besides the arenas, at most, while a job is saved and restored."""
         sizes = []
         for _ in range(3):
             shutil.rmtree(self._place / "memory", ignore_errors=True)
-            out = self._place / "resident"
-            look = (
-                "import os, psutil, sys; "
-                "size = psutil.Process(os.getppid()).memory_info().rss; "
-                "open(sys.argv[1], 'w').write(str(size))"
-            )
-            self._run([*self._launch("memory"), sys.executable, "-c", look, str(out)])
-            sizes.append(int(out.read_text()) / 2**20)
+            run = str(self._place / "memory" / "job")
+            options = ("--memory-tier", "off", "--", sys.executable)
+            head = self._launch("memory")[:-1]
+            command = [*head, *options, str(SCRIPTS / "resident.py"), run]
+            supervisor = subprocess.Popen(command, cwd=self._place, stderr=subprocess.DEVNULL)
+            most = 0
+            while supervisor.poll() is None:
+                most = max(most, _besides_shared(supervisor.pid))
+                time.sleep(0.002)
+            if supervisor.returncode != 0:
+                raise SystemExit(f"{command}: exit code {supervisor.returncode}")
+            sizes.append(most / 2**20)
         return sizes
 
     def _timed(self, command: Sequence[str]) -> float:
@@ -161,6 +165,16 @@ class Bench:
         )
         if done.returncode != expected:
             raise SystemExit(f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+
+
+def _besides_shared(pid: int) -> int:
+    """Resident bytes of a process, without memory that it shares with others (the arenas)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except FileNotFoundError:
+        return 0
+    sizes = dict(line.split(":", 1) for line in lines)
+    return sum(int(sizes.get(key, "0").split()[0]) << 10 for key in ("RssAnon", "RssFile"))
 
 
 def main() -> None:

@@ -83,6 +83,7 @@ class Link:
     """What a worker's link to its supervisor is to the job, with nobody at the other end."""
 
     orphaned = False
+    durable = 0
 
     def __init__(self, address: str, hello: wire.Hello, arenas: Any) -> None:  # noqa: ARG002
         checkpoints = sorted((Path(address) / "checkpoints").glob("[0-9]*"))
@@ -122,9 +123,10 @@ class Ours:
             with figures.timed("ckptd: stall"):
                 self.job.send_snapshot(keep=False)
             snapshot, descriptor = self.job._link.sent  # type: ignore[attr-defined]
+            table = wire.table_in(memory.readable(descriptor), snapshot.table)
             with (
                 figures.timed("ckptd: durable"),
-                memory.pieces(descriptor, wire.places(snapshot.files)) as files,
+                memory.pieces(descriptor, wire.places(table.files)) as files,
             ):
                 store.publish_attempt(
                     RealDisk(),

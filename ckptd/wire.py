@@ -4,8 +4,9 @@ Rules:
 
 1. Pure: bytes in, values out. Who owns a socket or a page is not known here.
 2. The socket is a SOCK_SEQPACKET Unix socket: one message is one packet, so a message sent from a
-   signal handler can't tear another one. A message is at most MESSAGE_BYTES_MAX long; anything
-   larger (tensors, state.json) travels in a memfd whose descriptor rides on the packet.
+   signal handler can't tear another one. A message is at most MESSAGE_BYTES_MAX long; whatever
+   grows with a job (tensors, state.json, the lists of its files) travels in a memfd whose
+   descriptor rides on the packet, and a text for a person is cut to what fits.
 3. Requests go to the worker through the status page and nowhere else: the training loop reads one
    integer of shared memory between two batches and makes no system call.
 4. The request word only ever grows. The worker remembers the last one that it answered and never
@@ -38,8 +39,9 @@ import msgspec
 
 from ckptd.errors import ProtocolError
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 MESSAGE_BYTES_MAX: Final = 128 * 1024
+_SAID_CHARACTERS_MAX: Final = 16 * 1024  # at most six bytes each in JSON: it fits
 
 #: The environment variable by which a worker finds its supervisor's socket.
 ENV_SOCKET: Final = "CKPTD_SOCKET"
@@ -72,21 +74,39 @@ class Extent(msgspec.Struct, frozen=True):
     length: int
 
 
+class Table(msgspec.Struct, frozen=True):
+    """What a snapshot is made of. It lies in the snapshot's memfd: it may be of any length.
+
+    Attributes:
+        files: where each of the checkpoint's files is.
+        outputs: absolute paths of files opened through `job.open`, to be synced before publishing.
+    """
+
+    files: list[Extent]
+    outputs: list[str]
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a snapshot's table is in its memfd (bytes)."""
+
+    offset: int
+    length: int
+
+
 class Snapshot(msgspec.Struct, frozen=True, tag=True):
     """A whole state, in the memfd whose descriptor rides on this message.
 
     Attributes:
         generation: counts the snapshots of one worker, from 1.
         step: items of innermost loops that are done.
+        table: where in the memfd its table is.
         asked: the request word that this answers; 0: sent unasked, to be held in memory.
         cost_s: for how long it held up training, in seconds.
-        outputs: absolute paths of files opened through `job.open`, to be synced before publishing.
     """
 
     generation: int
     step: int
-    files: list[Extent]
-    outputs: list[str]
+    table: Place
     asked: int
     cost_s: float = 0.0
 
@@ -166,7 +186,8 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
         environment: the first attempt's Hello.environment; None at a first start.
         keep: how many checkpoints to keep, for a worker that outlives its supervisor.
         generation: the last snapshot's; the worker counts on from there.
-        memory: the files of the snapshot to restore; None: `checkpoint` is to be restored.
+        memory: where the table of the snapshot to restore is in its memfd; None: `checkpoint` is to
+            be restored.
     """
 
     name: str
@@ -176,7 +197,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     environment: dict[str, str] | None
     keep: int
     generation: int = 0
-    memory: list[Extent] | None = None
+    memory: Place | None = None
 
 
 class TurnedAway(msgspec.Struct, frozen=True, tag=True):
@@ -241,15 +262,19 @@ ToWorker = Welcome | TurnedAway | Durable | NotDurable | Released | Answer
 _encoder = msgspec.json.Encoder()
 _to_supervisor = msgspec.json.Decoder(ToSupervisor)
 _to_worker = msgspec.json.Decoder(ToWorker)
+_table = msgspec.json.Decoder(Table)
 
 
 def encode(message: ToSupervisor | ToWorker) -> bytes:
-    """The packet for a message.
+    """The packet for a message; a text for a person is cut to what fits into one.
 
     Raises:
         ProtocolError: the packet would be larger than MESSAGE_BYTES_MAX.
     """
     packet = _encoder.encode(message)
+    if len(packet) > MESSAGE_BYTES_MAX and isinstance(message, Said | Refused):
+        text = f"{message.text[:_SAID_CHARACTERS_MAX]} …"
+        packet = _encoder.encode(msgspec.structs.replace(message, text=text))
     if len(packet) > MESSAGE_BYTES_MAX:
         raise ProtocolError(
             f"a {type(message).__name__} message of {len(packet)} bytes; "
@@ -282,6 +307,36 @@ def decode_for_worker(packet: bytes) -> ToWorker:
     except msgspec.DecodeError as error:
         raise ProtocolError(f"not a message for a worker: {error}: {packet[:80]!r}") from error
     return message
+
+
+def encode_table(table: Table) -> bytes:
+    """A table as it lies in a memfd."""
+    return _encoder.encode(table)
+
+
+def table_in(memory: memoryview, place: Place) -> Table:
+    """The table in a snapshot's memory.
+
+    Raises:
+        ProtocolError: it is none, or speaks of more bytes than are there.
+    """
+    _check_place("its table", place.offset, place.length, len(memory))
+    try:
+        table = _table.decode(memory[place.offset : place.offset + place.length])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"a snapshot whose table can't be read: {error}") from error
+    for file in table.files:
+        _check_place(repr(file.name), file.offset, file.length, len(memory))
+    if len(places(table.files)) != len(table.files):
+        raise ProtocolError("a snapshot whose table has two files of one name")
+    return table
+
+
+def _check_place(what: str, offset: int, length: int, end: int) -> None:
+    if offset < 0 or length < 0 or offset + length > end:
+        raise ProtocolError(
+            f"a snapshot of {end} bytes in which {what} is said to be {length} bytes at {offset}"
+        )
 
 
 # ------------------------------------------------------------------ the status page

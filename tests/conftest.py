@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,15 @@ MEMORY = Path("/sys/fs/cgroup/memory")
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What is launched in tests is no job of this user that goes on after a reboot."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def usual_signals() -> None:
+    """Under nohup, or behind a shell's "&", some are ignored, and so they would be in all jobs."""
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_until(condition: Callable[[], object]) -> None:

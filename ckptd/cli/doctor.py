@@ -10,6 +10,7 @@ import click
 
 from ckptd.cli import options
 from ckptd.host import host as hosts
+from ckptd.host import systemd
 from ckptd.supervisor import doctor
 from ckptd.supervisor import run as runs
 from ckptd.supervisor.policy import Policy
@@ -21,9 +22,9 @@ _DEFAULTS = Policy()
 @click.command()
 @click.argument("name", required=False)
 @options.directory
-@click.option("--grace", "grace_s", default=_DEFAULTS.grace_s, show_default=True)
-@click.option("--keep", default=_DEFAULTS.keep, show_default=True)
-def command(name: str | None, directory: Path, grace_s: float, keep: int) -> int:
+@click.option("--grace", "grace_s", type=float, help="Seconds.  [default: as it was launched]")
+@click.option("--keep", type=int, help="Checkpoints.  [default: as it was launched]")
+def command(name: str | None, directory: Path, grace_s: float | None, keep: int | None) -> int:
     """Look at this machine, the directory of the runs, and the run NAME if it is given.
 
     Each finding that should be mended comes with the line that mends it. Exit code 1 if there is
@@ -31,12 +32,16 @@ def command(name: str | None, directory: Path, grace_s: float, keep: int) -> int
     """
     host = hosts.recognised(os.environ)
     run = None if name is None else runs.find(directory, name)
+    launched = {} if run is None else doctor.launched_with(run)
+    keep = keep or int(launched.get("--keep", _DEFAULTS.keep))
+    grace_s = grace_s or float(launched.get("--grace", _DEFAULTS.grace_s))
+    memory_tier = launched.get("--memory-tier") != "off"
     flush_s = None if run is None else doctor.slowest(run)
     findings = chain(
-        doctor.of_host(host, Registry(os.environ), Path.home(), flush_s),
+        doctor.of_host(host, Registry(os.environ), systemd.user_units(os.environ), flush_s),
         doctor.of_machine(doctor.gpus()),
         doctor.of_directory(directory),
-        () if run is None else doctor.of_run(run, keep, grace_s),
+        () if run is None else doctor.of_run(run, keep, grace_s, memory_tier=memory_tier),
     )
     code = 0
     for finding in findings:

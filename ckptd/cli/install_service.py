@@ -15,8 +15,7 @@ import click
 from ckptd.errors import CkptdError, UsageError
 from ckptd.host import systemd
 
-SYSTEM_UNIT: Final = Path("/etc/systemd/system/ckptd@.service")
-USER_UNIT: Final = Path("systemd/user/ckptd.service")
+_SYSTEM_UNITS: Final = Path("/etc/systemd/system")
 
 _UNIT: Final = """\
 # After a reboot this goes on with every ckptd job of {whose} that has not finished and was
@@ -61,22 +60,23 @@ RequiresMountsFor={home}
 """
 
 
-def unit(ckptd: str, home: str | None) -> str:
+def unit(ckptd: str, user: str | None = None, home: str = "") -> str:
     """The unit's text.
 
     Args:
         ckptd: the path of the program.
-        home: for the system's unit, which is made for each user (`ckptd@USER`): a directory that
-            has to be mounted. None: for a unit of the user's own.
+        user: for a unit of the system's, of which each user has one: whose. None: for a unit of the
+            user's own.
+        home: for a unit of the system's: the user's home, which has to be mounted.
     """
-    if home is None:
+    if user is None:
         return _UNIT.format(
             whose="its user", option="--user", of="%u", after="", user="", ckptd=ckptd,
             target="default.target",
         )  # fmt: skip
     return _UNIT.format(
-        whose="the user %i", option="--system", of="%i", after=_AFTER.format(home=home),
-        user="User=%i\n", ckptd=ckptd, target="multi-user.target",
+        whose=f"the user {user}", option="--system", of=user, after=_AFTER.format(home=home),
+        user=f"User={user}\n", ckptd=ckptd, target="multi-user.target",
     )  # fmt: skip
 
 
@@ -90,7 +90,8 @@ def unit(ckptd: str, home: str | None) -> str:
 def command(place: str | None, whose: str | None, *, only_print: bool) -> int:
     """Write, show and enable the systemd unit that goes on with a user's jobs after a reboot.
 
-    --system makes ckptd@USER.service, which starts at boot. --user makes ckptd.service of this
+    --system makes ckptd@USER.service, which starts at boot; each user has a file of their own, with
+    their home and the ckptd that installed it. --user makes ckptd.service of this
     user's own systemd, which starts at boot only for users who may linger (`loginctl
     enable-linger`). Without either: --system for root, else --user.
     """
@@ -109,36 +110,44 @@ def _install_system(user: str, only_print: bool) -> None:  # noqa: FBT001  # cli
         home = pwd.getpwnam(user).pw_dir
     except KeyError:
         raise UsageError(f"there is no user called {user!r} on this machine") from None
-    _show(SYSTEM_UNIT, text := unit(_program(), home))
+    path = _SYSTEM_UNITS / f"ckptd@{user}.service"
+    _show(path, text := unit(_program(), user, home))
     if only_print:
         return
     if os.geteuid() != 0:
         raise UsageError(
-            f"only root may write {SYSTEM_UNIT}: `sudo {_program()} install-service --system "
+            f"only root may write {path}: `sudo {_program()} install-service --system "
             f"--for {user}`, or without root `ckptd install-service --user`"
         )
-    SYSTEM_UNIT.write_text(text, encoding="utf-8")
-    _systemctl("daemon-reload")
-    _systemctl("enable", "--now", f"ckptd@{user}.service")
+    _put(path, text)
     click.echo(f"ckptd@{user}.service is enabled and runs: `systemctl status ckptd@{user}`")
 
 
 def _install_user(only_print: bool) -> None:  # noqa: FBT001  # the same
-    config = os.environ.get("XDG_CONFIG_HOME") or f"{Path.home()}/.config"
-    path = Path(config) / USER_UNIT
+    path = systemd.user_units(os.environ) / "ckptd.service"
     _show(path, text := unit(_program(), None))
     if only_print:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    _systemctl("--user", "daemon-reload")
-    _systemctl("--user", "enable", "--now", path.name)
+    _put(path, text, "--user")
     click.echo(f"{path.name} is enabled and runs: `systemctl --user status ckptd`")
     if not systemd.lingers(getpass.getuser()):
         click.echo(
             "it starts when you log in, and not at boot, until you may linger: "
             f"`loginctl enable-linger {getpass.getuser()}`"
         )
+
+
+def _put(path: Path, text: str, *options: str) -> None:
+    """Write, enable and start a unit; one that runs and has changed is started again."""
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    path.write_text(text, encoding="utf-8")
+    _systemctl(*options, "daemon-reload")
+    ran = _ask_systemctl(*options, "is-active", "--quiet", path.name).returncode == 0
+    _systemctl(*options, "enable", "--now", path.name)
+    if ran and before != text:
+        click.echo(f"{path.name} has changed and is started again: its jobs save themselves first")
+        _systemctl(*options, "restart", path.name)
 
 
 def _program() -> str:
@@ -152,8 +161,14 @@ def _show(path: Path, text: str) -> None:
 
 
 def _systemctl(*words: str) -> None:
+    done = _ask_systemctl(*words)
+    if done.returncode != 0:
+        raise CkptdError(f"systemctl {' '.join(words)}: {done.stderr.strip()}")
+
+
+def _ask_systemctl(*words: str) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
+        return subprocess.run(
             ["systemctl", *words],  # noqa: S607  # the one that a user finds
             capture_output=True,
             text=True,
@@ -164,5 +179,3 @@ def _systemctl(*words: str) -> None:
             "there is no systemctl here. Without systemd, `ckptd launch --detach` starts jobs in "
             "the background, and `ckptd resume --all` at boot (cron: @reboot) goes on with them"
         ) from None
-    if done.returncode != 0:
-        raise CkptdError(f"systemctl {' '.join(words)}: {done.stderr.strip()}")

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,8 @@ from ckptd.errors import CkptdError, UsageError
 from ckptd.host import children, clouds
 from ckptd.host import host as hosts
 from ckptd.host.clock import RealClock
+from ckptd.host.disk import RealDisk
+from ckptd.host.signals import Signals
 from ckptd.supervisor import journal, registry, requeues
 from ckptd.supervisor import run as runs
 from ckptd.supervisor.loop import Loop
@@ -29,7 +32,9 @@ from ckptd.supervisor.run import JobFile, Run
 from ckptd.supervisor.terminal import Terminal
 
 _DEFAULTS = Policy()
-_FOR_THIS_START: Final = ("name", "directory", "fresh", "accept_changes", "detach")
+_FOR_THIS_START: Final = ("name", "directory", "fresh", "accept_changes", "detach", "if_wanted")
+#: The journal's events after which a supervisor ends.
+_ENDS: Final = ("finished", "fenced", "gave up", "stopped")
 _STARTS_WITHIN_S: Final = 60.0
 _POLL_S: Final = 0.05
 
@@ -130,6 +135,7 @@ _POLL_S: Final = 0.05
     show_default=True,
     help="Whether it goes on after a reboot, where this user's service runs.",
 )
+@click.option(registry.IF_WANTED, "if_wanted", is_flag=True, hidden=True)
 @click.option("--fresh", is_flag=True, help="Start over; the old run is renamed and kept.")
 @click.option(
     "--accept-changes", is_flag=True, help="Go on although the command or directory changed."
@@ -159,6 +165,7 @@ def command(
     *,
     detach: bool,
     fresh: bool,
+    if_wanted: bool,
     resume: bool,
     accept_changes: bool,
     fixed_addresses: bool,
@@ -175,6 +182,8 @@ def command(
     Exit codes: 0 finished · 64 bad usage · 69 it runs already · 70 gave up, a person must look
     74 could not save the newest state, an older checkpoint stands · 75 interrupted, start me again
     """  # noqa: D301  # \b is click's mark for a paragraph that is not rewrapped
+    # Before all that takes its time, scontrol and the lock: a stop may come meanwhile.
+    signals = None if detach else Signals()
     backoff_s = float(os.environ.get("CKPTD_BACKOFF", _DEFAULTS.backoff_s))
     policy = Policy(
         **settings,
@@ -197,12 +206,18 @@ def command(
         terminal.say(f"--fresh was for the first start, this is restart {host.restart}: going on")
         fresh = False
     run = Run(directory / runs.check_name(name or runs.default_name(argv, os.environ)))
+    sleep = _interruptible(signals)
     if fresh and (run.path / "lock").exists():
         # Never rename a directory under a supervisor that works in it.
-        os.close(runs.lock(run, host, grace_s=policy.grace_s, say=terminal.say))
-        terminal.say(f"starting over; the old run is kept as {runs.set_old_aside(run)}")
-    run.path.mkdir(parents=True, exist_ok=True)
-    lock = runs.lock(run, host, grace_s=policy.grace_s, say=terminal.say)
+        held = runs.lock(run, host, grace_s=policy.grace_s, say=terminal.say, sleep=sleep)
+        old = runs.set_old_aside(run, RealDisk())
+        os.close(held)
+        terminal.say(f"starting over; the old run is kept as {old}")
+    runs.create(run, RealDisk())
+    lock = runs.lock(run, host, grace_s=policy.grace_s, say=terminal.say, sleep=sleep)
+    jobs = Registry(os.environ)
+    if if_wanted and not jobs.has(run):
+        raise UsageError(f"the run {run.path.name!r} was stopped by its owner meanwhile")
     now = runs.describe_job(run.path.name, argv, Path.cwd(), os.environ, __version__)
     now = msgspec.structs.replace(now, fixed_addresses=fixed_addresses)
     _record(run, now, accept_changes=accept_changes)
@@ -210,19 +225,18 @@ def command(
     if job is not None and job.fixed_addresses:
         _fix_addresses()
     if _finished(run):
-        Registry(os.environ).remove(run)
+        jobs.remove(run)
         terminal.say(f"the run {run.path.name!r} has finished; start over with --fresh")
         return 0
-    jobs = Registry(os.environ)
-    if resume and not host.returns:
-        _register(jobs, run, terminal)
-    if detach:
+    if not if_wanted:
+        _register(jobs, run, terminal, goes_on=resume and not host.returns)
+    if signals is None:
         os.close(lock)
         return _detach(jobs, run)
     cloud = clouds.recognised(os.environ, terminal.say, cloud_name)
     if cloud is not None:
         terminal.say(f"listening to notices of {cloud.name}")
-    loop = Loop(run, policy, lock, RealClock(), terminal, host, cloud)
+    loop = Loop(run, policy, lock, RealClock(), terminal, host, signals, cloud)
     code = loop.run()
     os.close(lock)
     if code in (Exit.FINISHED, Exit.GAVE_UP) or loop.stopped_by_owner:
@@ -238,15 +252,33 @@ def command(
     )
 
 
-def _register(jobs: Registry, run: Run, terminal: Terminal) -> None:
-    """From now on it goes on after a reboot; where that can't be promised, it runs all the same."""
+def _register(jobs: Registry, run: Run, terminal: Terminal, *, goes_on: bool) -> None:
+    """Note how it is started, and whether it goes on after a reboot.
+
+    Where that can't be written it runs all the same.
+    """
     try:
-        jobs.add(run, _options_given(), os.environ)
+        registry.note(run, _options_given(), os.environ)
+        if goes_on:
+            jobs.add(run)
+        else:
+            jobs.remove(run)
     except OSError as error:
         terminal.say(
-            f"after a reboot this run must be started by hand, {jobs.path} can't be written: "
-            f"{error.strerror}"
+            f"after a reboot this run must be started by hand, {error.filename or jobs.path} can't "
+            f"be written: {error.strerror}"
         )
+
+
+def _interruptible(signals: Signals | None) -> Callable[[float], None]:
+    """A pause that Ctrl-C ends, and with it the start; other signals are heard by the loop."""
+
+    def sleep(seconds: float) -> None:
+        if signals is not None and signals.came(signal.SIGINT):
+            raise KeyboardInterrupt
+        time.sleep(seconds)
+
+    return sleep
 
 
 def _options_given() -> list[str]:
@@ -263,9 +295,11 @@ def _options_given() -> list[str]:
 
 
 def _detach(jobs: Registry, run: Run) -> int:
-    """Have the service start the run, or a process of its own; wait until it runs."""
-    name, service = run.path.name, jobs.service()
+    """Have the service start the run, or a process of its own; wait until it runs, or has ended."""
+    # The service keeps what goes on after a reboot, and nothing else.
+    name, service = run.path.name, jobs.service() if jobs.has(run) else None
     said = run.path / "supervisor.log"
+    before = run.journal.stat().st_size if run.journal.exists() else 0
     process = None
     if service is not None:
         os.kill(service.pid, signal.SIGUSR2)
@@ -278,6 +312,10 @@ def _detach(jobs: Registry, run: Run) -> int:
             text = said.read_text(encoding="utf-8", errors="replace").strip()
             click.echo(text, err=True)
             return process.returncode
+        end = _end(run, before)
+        if end is not None and process is None:
+            click.echo(f"the run {name!r} has ended already: {end['text']}", err=True)
+            return int(end["code"])
         if time.monotonic() > until_s:
             raise CkptdError(
                 f"{name!r} does not run after {_STARTS_WITHIN_S:g} s; look at "
@@ -290,6 +328,12 @@ def _detach(jobs: Registry, run: Run) -> int:
         f"its output: ckptd logs -f {name}   how far: ckptd status {name}   end: ckptd stop {name}"
     )
     return 0
+
+
+def _end(run: Run, from_byte: int) -> dict[str, Any] | None:
+    """How it ended since the journal was so long; None: it did not."""
+    events = journal.read(run.journal, from_byte)
+    return next((event for event in reversed(events) if event["event"] in _ENDS), None)
 
 
 def _record(run: Run, now: JobFile, *, accept_changes: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
+from pathlib import Path
 from typing import Final
 
 import click
@@ -11,6 +13,15 @@ import click
 from ckptd.errors import UsageError
 
 _WARNING_S: Final = 120
+_VARIABLE: Final = re.compile(r"\$SLURM_[A-Z0-9_]+|\$\{SLURM_[A-Z0-9_]+\}")
+_SPECIAL: Final = re.compile(r'[\\"$`]')  # within double quotes
+_ESCAPED: Final = r"\\\g<0>"
+#: The options by which programs start a command several times.
+_RANKS: Final = {
+    "srun": ("-n", "--ntasks", "-N", "--nodes", "--ntasks-per-node", "--ntasks-per-gpu"),
+    "torchrun": ("--nproc-per-node", "--nproc_per_node", "--nnodes"),
+    "torch.distributed.run": ("--nproc-per-node", "--nproc_per_node", "--nnodes"),
+}
 _SCRIPT: Final = """\
 #!/bin/bash
 #SBATCH --job-name={name}
@@ -80,11 +91,40 @@ def command(
         command=" ".join(_word(word) for word in argv),
     )
     sys.stdout.write(script)
+    refusal = _refusal(argv)
+    if refusal is not None:
+        click.echo(f"ckptd: {refusal}", err=True)
     return 0
 
 
 def _word(word: str) -> str:
-    """Quoted for the shell, but Slurm's variables are still filled in there."""
+    """Quoted for the shell, but Slurm's variables are still filled in there, also within words."""
+    if _VARIABLE.search(word) is None:
+        return shlex.quote(word)
+    parts, at = [], 0
+    for found in _VARIABLE.finditer(word):
+        parts += [_SPECIAL.sub(_ESCAPED, word[at : found.start()]), found[0]]
+        at = found.end()
+    return f'"{"".join(parts)}{_SPECIAL.sub(_ESCAPED, word[at:])}"'
+
+
+def _refusal(argv: tuple[str, ...]) -> str | None:
+    """Why ckptd will refuse a command that is one training over several ranks; None: it is not."""
+    names: tuple[str, ...] = ()
+    several = False
+    for word, following in zip(argv, (*argv[1:], ""), strict=True):
+        names = _RANKS.get(Path(word).name, names)
+        if word.endswith(".py"):
+            break  # what comes now are the script's own options
+        option, _, value = word.partition("=")
+        if option[:1] == "-" != option[1:2]:  # -n4
+            option, value = word[:2], word[2:]
+        # Also "gpu", "auto" and "1:4" of torchrun: as many as there are.
+        several |= option in names and (value or following) not in ("0", "1")
+    if not several:
+        return None
     return (
-        f'"{word}"' if word.startswith("$SLURM_") and word[1:].isidentifier() else shlex.quote(word)
+        "this command starts several ranks of one training. ckptd carries jobs of one process, and "
+        "their workers will refuse to start. Trainings that are independent of each other can be "
+        "started by `srun`, each under a ckptd of its own: slurm/several-tasks.sbatch"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,42 @@ class Child:
         """Send a signal to this one process, if it still runs."""
         if self._process.poll() is None:
             signal.pidfd_send_signal(self._pidfd, number)
+
+    def close(self) -> None:
+        """Let go of the handle."""
+        os.close(self._pidfd)
+
+
+class Stranger:
+    """A process of the job that is no descendant of ours: behind `srun`, slurmstepd started it.
+
+    Args:
+        pidfd: names it for ever, whoever gets its number later.
+    """
+
+    def __init__(self, pidfd: int) -> None:
+        self._pidfd = pidfd
+
+    @classmethod
+    def of(cls, pid: int) -> Stranger | None:
+        """The process of this number; None: it ended, can't be seen, or is a descendant."""
+        try:
+            pidfd = os.pidfd_open(pid)
+            if os.getpid() not in [one.pid for one in psutil.Process(pid).parents()]:
+                return cls(pidfd)
+        except (OSError, psutil.Error):
+            return None
+        os.close(pidfd)
+        return None
+
+    def kill(self) -> None:
+        """Kill it, if it runs still."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def is_gone(self) -> bool:
+        """Whether it has ended."""
+        return bool(select.select([self._pidfd], [], [], 0)[0])
 
     def close(self) -> None:
         """Let go of the handle."""

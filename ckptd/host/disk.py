@@ -19,7 +19,7 @@ import mmap
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Protocol
@@ -34,7 +34,10 @@ _DIRECT_FROM: Final = 1 << 20
 _BLOCK: Final = 4096
 _CHUNK: Final = 16 << 20
 _READ: Final = 4 << 20
+_PIECE: Final = 1 << 20
 _THREADS: Final = 4
+#: What a file system says that takes no direct writes, or not from this memory.
+_NO_DIRECT: Final = {errno.EINVAL, errno.EOPNOTSUPP}  # the latter is ENOTSUP too
 _NO_LINKS: Final = {errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -63,7 +66,7 @@ class Disk(Protocol):
         """Remove a file."""
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a directory and everything in it."""
+        """Remove a directory and everything in it; what is no directory is removed itself."""
 
     def names(self, path: Path) -> list[str]:
         """The names in a directory, sorted; none when there is no such directory."""
@@ -71,8 +74,17 @@ class Disk(Protocol):
     def size(self, path: Path) -> int:
         """The length of a regular file in bytes."""
 
+    def identity(self, path: Path) -> object:
+        """What two names of one file have in common, and no other file has."""
+
     def read(self, path: Path) -> Content:
         """The content of a regular file; a mapping of it where that is cheaper."""
+
+    def stream(self, path: Path) -> Iterator[memoryview]:
+        """The content of a regular file from its begin to its end, in little memory.
+
+        A piece is to be used before the next one is asked for.
+        """
 
     def pieces(self, path: Path, places: Iterable[int], length: int) -> list[bytes]:
         """At most `length` bytes from each of some places of a regular file, and no more of it."""
@@ -118,7 +130,10 @@ class RealDisk:
         path.unlink()
 
     def remove_tree(self, path: Path) -> None:
-        shutil.rmtree(path)
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
     def names(self, path: Path) -> list[str]:
         try:
@@ -128,6 +143,10 @@ class RealDisk:
 
     def size(self, path: Path) -> int:
         return _regular(path, os.lstat(path)).st_size
+
+    def identity(self, path: Path) -> object:
+        found = os.lstat(path)
+        return found.st_dev, found.st_ino
 
     def read(self, path: Path) -> Content:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -140,6 +159,15 @@ class RealDisk:
             os.close(descriptor)
         _read_all(mapping, path)
         return mapping
+
+    def stream(self, path: Path) -> Iterator[memoryview]:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            yield from _streamed(descriptor, _regular(path, os.fstat(descriptor)).st_size)
+        except OSError as error:
+            raise _named(error, path) from error
+        finally:
+            os.close(descriptor)
 
     def pieces(self, path: Path, places: Iterable[int], length: int) -> list[bytes]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -157,18 +185,55 @@ def free(path: Path) -> int:
 
 
 def _read_all(mapping: mmap.mmap, path: Path) -> None:
-    """Bring a mapped file into memory, so that a disk that fails is an error and not a SIGBUS."""
     # It is read from begin to end: the disk is then asked for much at once, and ahead.
     mapping.madvise(mmap.MADV_SEQUENTIAL)
     try:
         for at in range(0, len(mapping), _READ):  # other threads get their turn in between
-            mapping.madvise(_MADV_POPULATE_READ, at, min(_READ, len(mapping) - at))
+            if not _populated(mapping, at):
+                return  # it is read when it is looked at
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            return  # a kernel before 5.14: it is read when it is looked at
-        if error.errno == errno.EFAULT:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path)) from error
         raise _named(error, path) from error
+
+
+def _populated(mapping: mmap.mmap, at: int) -> bool:
+    """Bring some of a mapped file into memory, so that a disk that fails is no SIGBUS.
+
+    False: this kernel can't (before 5.14).
+    """
+    try:
+        mapping.madvise(_MADV_POPULATE_READ, at, min(_READ, len(mapping) - at))
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
+
+
+def _streamed(descriptor: int, length: int) -> Iterator[memoryview]:
+    if length == 0:
+        return
+    # Where the system caches files in large pages, a mapping saves a third of the time.
+    with mmap.mmap(descriptor, length, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as all_:
+        mapping.madvise(mmap.MADV_SEQUENTIAL)
+        for at in range(0, length, _READ):
+            if not _populated(mapping, at):
+                break
+            with all_[at : at + _READ] as piece:
+                yield piece
+            mapping.madvise(mmap.MADV_DONTNEED, at, min(_READ, length - at))
+        else:
+            return
+    yield from _copied(descriptor, at)
+
+
+def _copied(descriptor: int, at: int) -> Iterator[memoryview]:
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    with memoryview(bytearray(_PIECE)) as buffer:
+        while count := os.preadv(descriptor, [buffer], at):
+            yield buffer[:count]
+            at += count
 
 
 def _write_direct(path: Path, view: memoryview) -> int:
@@ -176,8 +241,8 @@ def _write_direct(path: Path, view: memoryview) -> int:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            return 0  # this file system has no such thing
+        if error.errno in _NO_DIRECT:
+            return 0
         raise
     end = len(view) - len(view) % _BLOCK
     chunks = [(at, min(at + _CHUNK, end)) for at in range(0, end, _CHUNK)]
@@ -188,7 +253,7 @@ def _write_direct(path: Path, view: memoryview) -> int:
             for _ in pool.map(lambda chunk: _write_all(descriptor, view, *chunk), chunks[1:]):
                 pass
     except OSError as error:
-        if error.errno == errno.EINVAL:
+        if error.errno in _NO_DIRECT:
             return 0
         raise
     finally:

@@ -62,6 +62,13 @@ class Host(Protocol):
             What to tell the user.
         """
 
+    def never_again(self) -> str | None:
+        """See that nobody starts a job again that was given up on; as the last thing, as `again`.
+
+        Returns:
+            What came of it; None: nobody would have.
+        """
+
     def ready(self) -> None:
         """The job runs."""
 
@@ -99,6 +106,10 @@ class Plain:
         """See `Host`."""
         return None
 
+    def never_again(self) -> str | None:
+        """See `Host`."""
+        return None
+
     def ready(self) -> None:
         """See `Host`."""
 
@@ -127,6 +138,8 @@ def recognised(environment: Mapping[str, str], named: str = "auto") -> Host:
     }
     for name, variable in variables.items():
         if named in ("auto", name) and variable in environment:
+            if name == "systemd" and named == "auto" and not systemd.is_main(environment):
+                continue
             return makers[name](environment)
     if named in variables:
         how = {"slurm": "Submit it with sbatch", "systemd": "Start it as a service (Type=notify)"}

@@ -169,11 +169,16 @@ def mapped(path: Path) -> memoryview:
         return private(file.fileno())
 
 
+def readable(descriptor: int) -> memoryview:
+    """A memfd's bytes, read-only; lives as long as it is used."""
+    length = os.fstat(descriptor).st_size
+    return memoryview(mmap.mmap(descriptor, length, prot=mmap.PROT_READ) if length else b"")
+
+
 @contextmanager
 def pieces(descriptor: int, places: Mapping[str, slice]) -> Iterator[dict[str, memoryview]]:
     """Named pieces of a memfd's bytes, read-only, while the context lasts."""
-    length = os.fstat(descriptor).st_size
     # The mapping is not closed here: after an error the frames of whoever raised it still look into
     # it, and closing would replace that error by a BufferError. It goes with the last view.
-    whole = memoryview(mmap.mmap(descriptor, length, prot=mmap.PROT_READ))
+    whole = readable(descriptor)
     yield {name: whole[place] for name, place in places.items()}

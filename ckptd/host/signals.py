@@ -50,6 +50,13 @@ class Signals:
         except BlockingIOError:
             return []
 
+    def came(self, number: int) -> bool:
+        """Whether this one is among those that `take` will give."""
+        try:
+            return number in self._reader.recv(4096, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+
     def close(self) -> None:
         """Hear no more signals; those that still come are ignored.
 

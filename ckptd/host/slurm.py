@@ -7,14 +7,19 @@ Rules:
 2. EndTime is when Slurm sends SIGTERM; SIGKILL follows after KillWait. When a preemption has a
    grace, EndTime is moved to that grace's end. PreemptTime is when the preemption *began*, and no
    deadline.
-3. A job is put back into the queue only when it runs, or when it ran into its time limit. What a
-   user cancelled looks like this until it is gone: COMPLETING, no reason, no more restarts than
-   when we were started. It is left alone.
+3. A job is put back into the queue only when it runs, when it ran into its time limit, or when it
+   was preempted for good (PreemptMode=CANCEL). What a user cancelled looks like this until it is
+   gone: COMPLETING, no reason, no more restarts than when we were started, and no PreemptTime since
+   then. It is left alone. One thing can't be told apart: what a user cancels during a preemption's
+   grace has a PreemptTime, and is put back; cancel it once more.
 4. Slurm may be faster: a job that was preempted without a grace, or requeued by somebody else, has
    one restart more than when we were started, and there is nothing left to ask for. Within a grace
    it is still RUNNING, and then asking is right: older versions take a job that ends within it for
    one that is done.
-5. A task of an array is called ARRAY_TASK. The number of its last task is the array's own, and
+5. A job that was given up on and that Slurm puts back by itself (4) is held in the queue: `scontrol
+   hold` for one that is back already, `requeuehold` for one within a grace, of which nobody knows
+   what Slurm will make of it. `scontrol release` lets it go on.
+6. A task of an array is called ARRAY_TASK. The number of its last task is the array's own, and
    asking for that would requeue them all.
 """
 
@@ -138,19 +143,42 @@ class Slurm(Plain):
             return f"asked Slurm to put job {self._id} back into the queue"
         return f"job {self._id} is not back in the queue ({why}): {by_hand}"
 
+    def never_again(self) -> str | None:
+        """See `Host`."""
+        try:
+            shown = self._show(_ASK_BOUND_S)
+            if self._is_back(shown):
+                self._ask("hold", self._id, bound_s=_ASK_BOUND_S)
+            elif shown.get("JobState") == "RUNNING" and _is_preempted(shown):
+                self._ask("requeuehold", self._id, bound_s=_ASK_BOUND_S)
+            else:
+                return None
+        except _NoAnswerError as error:
+            return (
+                f"Slurm may start job {self._id} again all the same, it could not be held "
+                f"({error}): end it with `scancel {self._id}`"
+            )
+        return (
+            f"Slurm puts preempted jobs back by itself: job {self._id} is held in the queue. "
+            f"`scontrol release {self._id}` lets it go on, `scancel {self._id}` ends it"
+        )
+
+    def _is_back(self, shown: Mapping[str, str]) -> bool:
+        return int(shown.get("Restarts", "0")) > self.restart
+
     def _needs_nothing(self, shown: Mapping[str, str]) -> str | None:
         """Why no requeue is to be asked for; None: it is."""
-        state, restarts = shown.get("JobState", "unknown"), int(shown.get("Restarts", "0"))
+        state = shown.get("JobState", "unknown")
         if shown.get("BatchFlag") == "0":
             return f"job {self._id} is interactive, Slurm does not requeue it: start it again"
-        if restarts > self.restart:
+        if self._is_back(shown):
             return f"Slurm has put job {self._id} back into the queue"
         if shown.get("Requeue") == "0" and state == "RUNNING":
             return (
                 f"job {self._id} was submitted with --no-requeue: it is not put back. "
                 "Submit it again to go on"
             )
-        if state == "RUNNING" or shown.get("Reason") == "TimeLimit":
+        if state == "RUNNING" or shown.get("Reason") == "TimeLimit" or _is_preempted(shown):
             return None
         return f"job {self._id} was cancelled ({state}): it is not put back into the queue"
 
@@ -203,6 +231,12 @@ def task(environment: Mapping[str, str]) -> str | None:
 def node(environment: Mapping[str, str] = os.environ) -> str | None:
     """The node's name in Slurm; several nodes may share a machine."""
     return environment.get("SLURMD_NODENAME")
+
+
+def _is_preempted(shown: Mapping[str, str]) -> bool:
+    """Whether this start of the job was preempted, and not an earlier one."""
+    preempted, started = _seconds(shown.get("PreemptTime")), _seconds(shown.get("StartTime"))
+    return preempted is not None and (started is None or preempted >= started)
 
 
 def _seconds(value: str | None) -> float | None:

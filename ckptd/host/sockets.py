@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -23,3 +24,11 @@ def send(connection: socket.socket, packet: bytes, descriptors: Sequence[int] = 
     except ConnectionError:  # a broken pipe is one of them
         return False
     return True
+
+
+def peer_pid(connection: socket.socket) -> int:
+    """The process at the other end of a Unix socket; 0: it is in a namespace that we can't see."""
+    credentials = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+    )
+    return int(struct.unpack("3i", credentials)[0])

@@ -2,7 +2,8 @@
 
 Every attempt claims a number by creating a file of that name: creation is exclusive also on a
 network file system, where locks may not be. Who finds a larger number than its own is an old copy
-that still runs on a machine that was given up; it must not publish any more.
+that still runs on a machine that was given up; it must not publish any more. So is who finds
+numbers and not its own: the run was started over, and they were counted anew.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def claim(disk: Disk, run: Path, who: str) -> int:
             disk.make_directory(directory)
         disk.sync_directory(run)
     for _ in range(_CLAIMS_MAX):
-        number = _largest(disk, directory) + 1
+        number = max(_numbers(disk, directory), default=0) + 1
         path = directory / f"{number:06d}"
         try:
             disk.write(path, who.encode())
@@ -52,18 +53,45 @@ def claim(disk: Disk, run: Path, who: str) -> int:
 
 
 def check(disk: Disk, run: Path, attempt: int) -> None:
-    """Refuse to go on when a newer attempt exists.
+    """Refuse to go on when a newer attempt exists, or when this one is none of the run's.
 
     Raises:
         FencedError: names both numbers.
     """
-    largest = _largest(disk, run / "attempts")
+    numbers = _numbers(disk, run / "attempts")
+    if not numbers:
+        return  # somebody removed them: no other copy has claimed one since
+    largest = max(numbers)
     if largest > attempt:
-        raise FencedError(
-            f"this is attempt {attempt} of the job, and attempt {largest} was started elsewhere: "
-            "this old copy publishes nothing any more and ends itself"
-        )
+        found = f"attempt {largest} was started elsewhere"
+    elif attempt not in numbers:
+        found = f"the run was started over elsewhere and is at attempt {largest}"
+    else:
+        return
+    raise FencedError(
+        f"this is attempt {attempt} of the job, and {found}: "
+        "this old copy publishes nothing any more and ends itself"
+    )
 
 
-def _largest(disk: Disk, directory: Path) -> int:
-    return max((int(name) for name in disk.names(directory) if name.isdecimal()), default=0)
+def carry_over(disk: Disk, old: Path, new: Path, who: str) -> None:
+    """Give a run that takes the place of another one a larger number than that one has.
+
+    So that no old copy may publish into the new one, from the first moment on.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    numbers = _numbers(disk, old / "attempts")
+    if numbers:
+        directory = new / "attempts"
+        disk.make_directory(directory)
+        path = directory / f"{max(numbers) + 1:06d}"
+        disk.write(path, who.encode())
+        disk.sync(path)
+        disk.sync_directory(directory)
+    disk.sync_directory(new)
+
+
+def _numbers(disk: Disk, directory: Path) -> set[int]:
+    return {int(name) for name in disk.names(directory) if name.isdecimal()}

@@ -7,6 +7,7 @@ accepts is well-formed; whether the files are what it says is `store.verify`'s t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -15,11 +16,15 @@ import xxhash
 from ckptd.errors import DamagedError
 
 NAME: Final = "manifest.json"
+#: The file that every checkpoint has: all that is no tensor.
+STATE: Final = "state.json"
 FORMAT: Final = 1
 
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _SUM: Final = re.compile(r"[0-9a-f]{32}")
 _FILES_MAX: Final = 100_000
+#: No manifest is longer: a file takes its name of 200, its length of 19, its sum, and 50 around.
+BYTES_MAX: Final = _FILES_MAX * 301
 _LENGTH_MAX: Final = 2**60
 #: As many digits as a checkpoint's name has room for.
 _NUMBER_MAX: Final = 10**18 - 1
@@ -62,12 +67,23 @@ def sum_of(content: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
 
+def described(content: Iterable[memoryview]) -> File:
+    """The length and sum of some bytes that come in pieces."""
+    length, total = 0, xxhash.xxh3_128()
+    for piece in content:
+        length += piece.nbytes
+        total.update(piece)
+    return File(length, total.hexdigest())
+
+
 def encode(manifest: Manifest) -> bytes:
     """The manifest file's content.
 
     Raises:
-        ValueError: a file name that `decode` would refuse.
+        ValueError: files that `decode` would refuse.
     """
+    if STATE not in manifest.files or len(manifest.files) > _FILES_MAX:
+        raise ValueError(f"a checkpoint has {STATE}, and at most {_FILES_MAX} files")
     for name in manifest.files:
         if not is_file_name(name):
             raise ValueError(f"{name!r} can't be a file of a checkpoint")
@@ -114,6 +130,8 @@ def _check(manifest: Manifest, where: str) -> None:
     numbers = (manifest.step, manifest.attempt)
     if min(numbers) < 0 or max(numbers) > _NUMBER_MAX or len(manifest.files) > _FILES_MAX:
         raise DamagedError(f"{where}: step, attempt or the number of files is out of range")
+    if STATE not in manifest.files:
+        raise DamagedError(f"{where}: lists no {STATE}, which every checkpoint has")
     for name, file in manifest.files.items():
         if not is_file_name(name):
             raise DamagedError(f"{where}: lists a file {name!r}, which is no file name here")

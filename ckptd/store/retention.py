@@ -16,7 +16,9 @@ _NAME: Final = re.compile(r"(\d{9,18})(?:\.([1-9]\d{0,5}))?")
 #: Directories that are being written, or being deleted: never read.
 TEMPORARY: Final = ".tmp-"
 DROPPED: Final = ".drop-"
+#: Put after a name: kept for a person, never read.
 DAMAGED: Final = ".damaged"
+SUPERSEDED: Final = ".superseded"
 
 
 def order_of(name: str) -> tuple[int, int] | None:
@@ -29,6 +31,13 @@ def newest_first(names: Iterable[str]) -> list[str]:
     """The names that are checkpoints', newest first."""
     ordered = [(order, name) for name in names if (order := order_of(name)) is not None]
     return [name for _, name in sorted(ordered, reverse=True)]
+
+
+def split(name: str, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The checkpoints that are newer than one of this name, and the older; each newest first."""
+    ordered = newest_first({*names, name})
+    at = ordered.index(name)
+    return ordered[:at], ordered[at + 1 :]
 
 
 def name_for(step: int, existing: Iterable[str]) -> str:

@@ -6,19 +6,24 @@ Rules (FORMAT.md has them as invariants of what is on the disk):
    it was synced.
 2. Nothing is dropped before something newer is durable.
 3. What was read was verified: every file's length and sum are those of the manifest.
-4. What is damaged is set aside under another name and kept; the next older one is used.
+4. What is damaged is set aside under another name and kept; the next older one is used. So is
+   what was passed over: a job that went on from an older checkpoint publishes lower steps, and the
+   higher ones that it did not go on from must not be found again.
 5. A failing operation leaves what was there before as it was.
 6. A file that did not change is not written again: it gets a second name, for that of the second
-   newest checkpoint. So two neighbours never share a file, and damage to one leaves the next older
-   one sound. Before that it is read and its sum compared, so that damage is not handed on.
+   next older checkpoint; but never where the next older or the next newer one has that very file,
+   as it has after one in between was deleted. So damage to a checkpoint leaves the next older one
+   sound. Before that it is read and its sum compared, so that damage is not handed on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import errno
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from ckptd.errors import DamagedError, NotDurableError
@@ -28,6 +33,8 @@ from ckptd.store import manifest as manifests
 from ckptd.store import retention
 from ckptd.store.manifest import File, Manifest
 
+#: There is something else in the place of a file or a directory, or nothing.
+_NOT_THERE: Final = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
 _PIECES: Final = 64
 _PIECE_BYTES: Final = 512
 
@@ -51,6 +58,15 @@ class SetAside:
 
     path: Path
     why: str
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """The checkpoint whose files may serve again, and those beside the new one (rule 6)."""
+
+    path: Path
+    manifest: Manifest
+    neighbours: list[Path]
 
 
 @dataclass(frozen=True)
@@ -107,16 +123,19 @@ def publish(
         disk.make_directory(temporary)
     except OSError as error:
         raise _refused(error, checkpoints, total) from error
-    earlier = _earlier(disk, checkpoints, names)
+    newer, older = retention.split(name, names)
+    earlier = _earlier(disk, checkpoints, newer, older)
     try:
-        return _publish(
+        done = _publish(
             disk, temporary, checkpoints / name, step, attempt, files, created, fence, earlier
         )
+        _supersede(disk, checkpoints, newer)
     except BaseException as error:
         _discard(disk, temporary)
         if isinstance(error, OSError):
             raise _refused(error, temporary, total) from error
         raise
+    return done
 
 
 def publish_attempt(
@@ -155,7 +174,7 @@ def _publish(
     files: Mapping[str, Content],
     created: float,
     fence: Callable[[], None],
-    earlier: Checkpoint | None,
+    earlier: _Earlier | None,
 ) -> Checkpoint:
     with ThreadPoolExecutor(1, "sums") as beside:  # summing takes the processor, writing the disk
         summing = {name: beside.submit(_described, content) for name, content in files.items()}
@@ -182,19 +201,30 @@ def _publish(
     return Checkpoint(target, manifest)
 
 
-def _earlier(disk: Disk, checkpoints: Path, names: Iterable[str]) -> Checkpoint | None:
-    """The checkpoint whose files may serve again (rule 6)."""
-    for name in retention.newest_first(names)[1:2]:
-        path = checkpoints / name / manifests.NAME
+def _supersede(disk: Disk, checkpoints: Path, newer: Sequence[str]) -> None:
+    """Put aside what sorts as newer than what was just published (rule 4)."""
+    # The newest one last: until all are, a crash leaves it the newest.
+    for name in reversed(newer):
+        _put_aside(disk, checkpoints / name, retention.SUPERSEDED)
+    if newer:
+        # A power cut after the receipt must not bring the old order back.
+        disk.sync_directory(checkpoints)
+
+
+def _earlier(
+    disk: Disk, checkpoints: Path, newer: Sequence[str], older: Sequence[str]
+) -> _Earlier | None:
+    neighbours = [checkpoints / name for name in (*newer[-1:], *older[:1])]
+    for name in older[1:2]:
         try:
-            return Checkpoint(path.parent, manifests.decode(bytes(_read(disk, path)), str(path)))
+            return _Earlier(checkpoints / name, _manifest(disk, checkpoints / name), neighbours)
         except (DamagedError, OSError):
             return None  # everything is written: what is wrong there is not this publish's matter
     return None
 
 
 def _linked(
-    disk: Disk, target: Path, content: Content, summing: Future[File], earlier: Checkpoint | None
+    disk: Disk, target: Path, content: Content, summing: Future[File], earlier: _Earlier | None
 ) -> bool:
     """Use the earlier checkpoint's file of this name, if it has the same content."""
     there = None if earlier is None else earlier.manifest.files.get(target.name)
@@ -202,14 +232,23 @@ def _linked(
         return False
     source = earlier.path / target.name
     try:
+        if any(_shared(disk, source, one / target.name) for one in earlier.neighbours):
+            return False
         with memoryview(content) as whole, whole.cast("B") as new:
             if len(new) != there.length or not _alike(disk, source, new):
                 return False
-        if summing.result() != there or _described(_read(disk, source)) != there:
+        if summing.result() != there or manifests.described(disk.stream(source)) != there:
             return False
-    except (DamagedError, OSError):
+    except OSError:
         return False  # the same
     return disk.link(source, target)
+
+
+def _shared(disk: Disk, file: Path, other: Path) -> bool:
+    try:
+        return disk.identity(file) == disk.identity(other)
+    except (FileNotFoundError, NotADirectoryError):
+        return False  # there is no such file
 
 
 def _alike(disk: Disk, old: Path, new: memoryview) -> bool:
@@ -223,11 +262,15 @@ def _alike(disk: Disk, old: Path, new: memoryview) -> bool:
 
 def _described(content: Content) -> File:
     with memoryview(content) as whole, whole.cast("B") as view:
-        return File(len(view), manifests.sum_of(view))
+        return manifests.described([view])
 
 
 def newest(
-    disk: Disk, checkpoints: Path, *, skip: int = 0
+    disk: Disk,
+    checkpoints: Path,
+    *,
+    skip: int = 0,
+    distrusted: Mapping[Path, str] = MappingProxyType({}),
 ) -> tuple[Checkpoint | None, list[SetAside]]:
     """The newest sound checkpoint; damaged ones that are newer are set aside.
 
@@ -235,6 +278,7 @@ def newest(
         disk: where they are.
         checkpoints: their directory.
         skip: how many of the newest ones to leave out, unread.
+        distrusted: those that who loaded them found damaged, and why; they are set aside, too.
 
     Returns:
         The checkpoint (None: there is none), verified to the last bit, and what was set aside.
@@ -246,9 +290,13 @@ def newest(
     for name in retention.newest_first(disk.names(checkpoints))[skip:]:
         path = checkpoints / name
         try:
+            if path in distrusted:
+                raise DamagedError(distrusted[path])
             return Checkpoint(path, verify(disk, path)), set_aside
         except DamagedError as error:
-            set_aside.append(SetAside(_set_aside(disk, path), str(error)))
+            aside = _put_aside(disk, path, retention.DAMAGED)
+            disk.sync_directory(checkpoints)
+            set_aside.append(SetAside(aside, str(error)))
     return None, set_aside
 
 
@@ -261,31 +309,34 @@ def verify(disk: Disk, path: Path) -> Manifest:
     """
     try:
         names = disk.names(path)
-    except NotADirectoryError as error:
-        raise DamagedError(f"{path}: not a directory: it is no checkpoint") from error
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            raise DamagedError(f"{path}: {error.strerror}: it is no checkpoint") from error
+        raise
     if manifests.NAME not in names:
         raise DamagedError(f"{path}: has no {manifests.NAME}: it is no whole checkpoint")
-    manifest = manifests.decode(
-        bytes(_read(disk, path / manifests.NAME)), str(path / manifests.NAME)
-    )
+    manifest = _manifest(disk, path)
     order = retention.order_of(path.name)
     if order is not None and order[0] != manifest.step:
         raise DamagedError(f"{path}: its manifest says step {manifest.step}: it was renamed")
     for name, expected in manifest.files.items():
         if name not in names:
             raise DamagedError(f"{path / name}: missing; expected {expected.length} bytes")
-        with memoryview(_read(disk, path / name)) as content:
-            if len(content) != expected.length:
-                raise DamagedError(
-                    f"{path / name}: {len(content)} bytes, expected {expected.length}"
-                )
-            found = manifests.sum_of(content)
-        if found != expected.xxh3_128:
-            raise DamagedError(
-                f"{path / name}: its xxh3-128 is {found}, expected {expected.xxh3_128}: "
-                "its content was changed"
-            )
+        _compare(disk, path / name, expected)
     return manifest
+
+
+def _compare(disk: Disk, path: Path, expected: File) -> None:
+    # Before it is read: what a broken file system says may be more than can ever be.
+    length = _size(disk, path)
+    if length != expected.length:
+        raise DamagedError(f"{path}: {length} bytes, expected {expected.length}")
+    found = manifests.described(disk.stream(path))
+    if found != expected:
+        raise DamagedError(
+            f"{path}: its xxh3-128 is {found.xxh3_128}, expected {expected.xxh3_128}: "
+            "its content was changed"
+        )
 
 
 def listing(disk: Disk, checkpoints: Path) -> list[Listed]:
@@ -295,9 +346,7 @@ def listing(disk: Disk, checkpoints: Path) -> list[Listed]:
     for name in retention.newest_first(names):
         path = checkpoints / name
         try:
-            manifest = manifests.decode(
-                bytes(_read(disk, path / manifests.NAME)), str(path / manifests.NAME)
-            )
+            manifest = _manifest(disk, path)
         except DamagedError as error:
             rows.append(Listed(path, -1, -1, 0, 0.0, f"damaged: {error}"))
             continue
@@ -305,8 +354,9 @@ def listing(disk: Disk, checkpoints: Path) -> list[Listed]:
         rows.append(
             Listed(path, manifest.step, manifest.attempt, length, manifest.created, "durable")
         )
-    aside = [name for name in names if retention.DAMAGED in name]
-    rows += [Listed(checkpoints / name, -1, -1, 0, 0.0, "set aside: damaged") for name in aside]
+    for why in (retention.DAMAGED, retention.SUPERSEDED):
+        aside = [checkpoints / name for name in names if why in name]
+        rows += [Listed(path, -1, -1, 0, 0.0, f"set aside: {why[1:]}") for path in aside]
     return rows
 
 
@@ -352,27 +402,31 @@ def _sync_if_there(disk: Disk, path: Path) -> None:
         return  # the script removed its own output; it is told so when it resumes
 
 
-def _set_aside(disk: Disk, path: Path) -> Path:
+def _put_aside(disk: Disk, path: Path, why: str) -> Path:
     taken = set(disk.names(path.parent))
-    name, number = f"{path.name}{retention.DAMAGED}", 2
+    name, number = f"{path.name}{why}", 2
     while name in taken:
-        name, number = f"{path.name}{retention.DAMAGED}-{number}", number + 1
+        name, number = f"{path.name}{why}-{number}", number + 1
     disk.rename(path, path.parent / name)
-    disk.sync_directory(path.parent)
     return path.parent / name
 
 
-def _read(disk: Disk, path: Path) -> Content:
-    """A file's content; that it is no regular file is damage, that it can't be read is not."""
+def _manifest(disk: Disk, checkpoint: Path) -> Manifest:
+    path = checkpoint / manifests.NAME
+    length = _size(disk, path)
+    if length > manifests.BYTES_MAX:
+        raise DamagedError(f"{path}: {length} bytes, expected at most {manifests.BYTES_MAX}")
+    return manifests.decode(bytes(disk.read(path)), str(path))
+
+
+def _size(disk: Disk, path: Path) -> int:
+    """A file's length; that it is no regular file is damage, that it can't be asked is not."""
     try:
-        disk.size(path)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise DamagedError(f"{path}: {error.strerror}") from error
+        return disk.size(path)
     except OSError as error:
-        if error.strerror == "not a regular file":
-            raise DamagedError(f"{path}: not a regular file") from error
+        if error.errno in _NOT_THERE or error.strerror == "not a regular file":
+            raise DamagedError(f"{path}: {error.strerror}") from error
         raise
-    return disk.read(path)
 
 
 def _discard(disk: Disk, temporary: Path) -> None:

@@ -20,7 +20,7 @@ from ckptd.host import disk, memory, systemd
 from ckptd.host.disk import RealDisk
 from ckptd.host.host import Host
 from ckptd.store import store
-from ckptd.supervisor import journal
+from ckptd.supervisor import journal, registry
 from ckptd.supervisor.policy import duration, sized, space_short
 from ckptd.supervisor.registry import Registry
 from ckptd.supervisor.run import Run
@@ -38,9 +38,16 @@ class Finding:
 
 
 def of_host(
-    host: Host, jobs: Registry, home: Path, flush_s: float | None = None
+    host: Host, jobs: Registry, units: Path, flush_s: float | None = None
 ) -> Iterator[Finding]:
-    """What starts a job again, and whether it will; `flush_s`: what a checkpoint takes."""
+    """What starts a job again, and whether it will.
+
+    Args:
+        host: what started us.
+        jobs: this user's.
+        units: where this user's own units lie.
+        flush_s: what a checkpoint takes; None: that is not known.
+    """
     described = host.described()
     if described:
         yield Finding(f"host: {described}")
@@ -49,13 +56,13 @@ def of_host(
     service = jobs.service()
     if service is not None:
         yield Finding(f"service: process {service.pid} goes on with jobs after a reboot")
+        yield from (Finding(*one) for one in systemd.stop_limits(service.pid, flush_s))
     else:
         yield Finding(
             "service: nothing goes on with this user's jobs after a reboot",
             "ckptd install-service",
         )
-    unit = home / ".config/systemd/user/ckptd.service"
-    if unit.exists() and not systemd.lingers(getpass.getuser()):
+    if (units / "ckptd.service").exists() and not systemd.lingers(getpass.getuser()):
         yield Finding(
             "lingering: the service starts when you log in, not at boot",
             f"loginctl enable-linger {getpass.getuser()}",
@@ -135,15 +142,33 @@ def slowest(run: Run) -> float | None:
     return max(took, default=None)
 
 
-def of_run(run: Run, keep: int, grace_s: float) -> Iterator[Finding]:
-    """Whether a run has the memory, the space and the time that it was seen to need."""
+def launched_with(run: Run) -> dict[str, str]:
+    """The options with which a run was launched last, and their values.
+
+    Raises:
+        CkptdError: launch.json is damaged.
+    """
+    launch = registry.launched(run)
+    words = [] if launch is None else launch.options
+    return dict(zip(words, [*words[1:], ""], strict=True))
+
+
+def of_run(run: Run, keep: int, grace_s: float, *, memory_tier: bool = True) -> Iterator[Finding]:
+    """Whether a run has the memory, the space and the time that it was seen to need.
+
+    Args:
+        run: the run.
+        keep: how many checkpoints it keeps.
+        grace_s: how long it has at a stop.
+        memory_tier: whether its newest snapshot is to stay in memory.
+    """
     rows = [row for row in store.listing(RealDisk(), run.checkpoints) if row.step >= 0]
     if not rows:
         yield Finding("run: it has no checkpoint yet, so nothing is known of what it needs")
         return
     length, free = rows[0].length, memory.available()
     need = f"memory: two states of {sized(length)}, {sized(free)} are free"
-    if 2 * length > free:
+    if memory_tier and 2 * length > free:
         yield Finding(
             f"{need}: after a crash it starts again from the disk",
             "ask for more memory (Slurm: --mem), or set --memory-tier off, which is then said",

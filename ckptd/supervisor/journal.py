@@ -51,10 +51,12 @@ class Journal:
                 self._say(f"the journal {self._path} can't be written: {error.strerror}")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path, from_byte: int = 0) -> list[dict[str, Any]]:
     """All events, oldest first; a torn line is passed over. None where there is no journal."""
     try:
-        lines = path.read_bytes().splitlines()
+        with path.open("rb") as journal:
+            journal.seek(from_byte)
+            lines = journal.read().splitlines()
     except FileNotFoundError:
         return []
     events = []

@@ -17,17 +17,17 @@ import math
 import os
 import selectors
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from ckptd import wire
-from ckptd.errors import CkptdError, FencedError, ProtocolError
+from ckptd.errors import CkptdError, DamagedError, FencedError, ProtocolError
 from ckptd.host import children, clouds, disk, memory, slurm, stacks
-from ckptd.host.children import Child
+from ckptd.host.children import Child, Stranger
 from ckptd.host.clock import Clock
 from ckptd.host.clouds import Cloud, Notice
 from ckptd.host.disk import RealDisk
@@ -35,23 +35,25 @@ from ckptd.host.host import Host
 from ckptd.host.memory import OomWatch
 from ckptd.host.signals import Signals
 from ckptd.store import fence, retention, store
+from ckptd.store.manifest import File
 from ckptd.supervisor import machine, server
 from ckptd.supervisor.errands import Errands
+from ckptd.supervisor.gauge import Facts, Gauge, summary
 from ckptd.supervisor.journal import Journal
 from ckptd.supervisor.policy import (
     SLOW_WRITE_S,
     Exit,
     Policy,
-    at_stake,
     described,
+    sized,
     space_short,
 )
 from ckptd.supervisor.rhythm import Rhythm
-from ckptd.supervisor.run import Run, SupervisorFile, boot_id, environment_for
+from ckptd.supervisor.run import JobFile, Run, SupervisorFile, boot_id, environment_for
 from ckptd.supervisor.scribe import Scribe
 from ckptd.supervisor.server import Peer, Server, close_all
 from ckptd.supervisor.terminal import Terminal
-from ckptd.supervisor.writer import Done, Job, Writer
+from ckptd.supervisor.writer import Done, Job, Writer, is_sound
 
 _CHUNK: Final = 1 << 16
 _TREE_POLL_S: Final = 0.02
@@ -59,8 +61,11 @@ _FENCE_S: Final = 5.0  # how often it is looked whether a newer copy runs elsewh
 _GLANCE_S: Final = 1.0  # how often the terminal's line and the rate are brought up to date
 _MORE_TIME_S: Final = 30.0  # asked for anew at each glance
 _LAST_LINES: Final = 20
-_RATE_WINDOW: Final = 30
-_DISK_REFUSES: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
+#: No fault of the command's: it is tried until the disk is there again.
+_DISK_TROUBLE: Final = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOENT, errno.EACCES, errno.EPERM),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN),
+}
 
 
 @dataclass
@@ -75,10 +80,12 @@ class _Attempt:
     checkpoint: Path | None
     memory: Job | None  # the snapshot to restore; before the checkpoint
     oom: OomWatch
+    ready: bool = False  # it is known what it restores: its worker may be welcomed
     from_step: int = 0
     worker_pid: int = 0
     worker: Peer | None = None
     had_worker: bool = False
+    stranger: Stranger | None = None  # its worker, where that is no descendant of ours
 
 
 class Loop:
@@ -91,6 +98,7 @@ class Loop:
         clock: the time.
         terminal: where the user is told things.
         host: what started us.
+        signals: those that came so far, and that will come; closed at the end.
         cloud: what may take the machine away; None: nobody.
     """
 
@@ -102,10 +110,12 @@ class Loop:
         clock: Clock,
         terminal: Terminal,
         host: Host,
+        signals: Signals,
         cloud: Cloud | None = None,
     ) -> None:
         job = run.job()
         assert job is not None, "written by launch"
+        policy = msgspec.structs.replace(policy, comes_back=host.restarts)
         self._run, self._job, self._policy, self._lock = run, job, policy, lock
         self._clock, self._terminal, self._host = clock, terminal, host
         self._cloud = cloud
@@ -117,7 +127,7 @@ class Loop:
         journal = Journal(run.journal, clock.wall_s, terminal.say)
         self._scribe = Scribe(journal, run.log, terminal.say_once)
         self._selector = selectors.DefaultSelector()
-        self._signals = Signals()
+        self._signals = signals
         self._server = Server()
         self._errands = Errands(terminal.say_once)
         self._attempt: _Attempt | None = None
@@ -126,6 +136,9 @@ class Loop:
             self._disk, run.path, lambda: self._number, policy.keep, clock.wall_s, terminal.say
         )
         self._held: dict[int, Job] = {}
+        self._sums: dict[int, Mapping[str, File]] = {}  # of those that are durable
+        self._waiting: list[tuple[Peer, wire.Hello]] = []  # until it is known what to restore
+        self._distrusted: dict[Path, str] = {}  # checkpoints that a worker could not read, and why
         self._generation = 0  # the last one that came
         self._askers: list[Peer] = []
         self._stop_askers: list[Peer] = []
@@ -135,16 +148,7 @@ class Loop:
         self._last_lines: deque[bytes] = deque(maxlen=_LAST_LINES)
         self._unended = b""  # the begin of a line whose rest has not come yet
         self._rhythm = Rhythm(policy.hang_after_s)
-        self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
-        self._durable_at_s: float | None = None
-        self._whole_at_s: float | None = None  # when the newest state in memory was taken
-        self._started_at_s = clock.now_s()
-        self._cost_s = 0.0  # of the last snapshot
-        self._write_began_s = 0.0
-        self._write_s: float | None = None
-        self._restarts = 0
         self._read_once = False
-        self._last_failure = ""
         # By their names; what they hold is read while the command starts.
         names = self._checkpoints()
         order = retention.order_of(names[0]) if names else None
@@ -156,6 +160,7 @@ class Loop:
             checkpoints=len(names),
         )
         self._began_at = self._state.ledger.durable_step
+        self._gauge = Gauge(policy, clock.now_s(), continued=self._began_at is not None)
 
     @property
     def progressed(self) -> bool:
@@ -192,12 +197,13 @@ class Loop:
             return
         now_s = self._clock.now_s()
         if isinstance(self._state.phase, machine.Ending):
-            child = None if self._attempt is None else self._attempt.child
-            if children.tree_is_gone(child):
+            if self._is_gone():
+                if self._attempt is not None:
+                    self._hear_worker_out(self._attempt)
                 self._end_attempt()
                 self._tell(machine.TreeGone())
             else:
-                children.kill_tree()  # what was forked while the others were killed
+                self._kill()  # what was forked while the others were killed
         due_s = machine.deadline(self._state)
         if due_s is not None and now_s >= due_s:
             self._tell(machine.Ticked(self._step()))
@@ -262,7 +268,10 @@ class Loop:
 
     def _tell(self, fact: machine.Fact) -> None:
         self._state, actions = machine.step(self._state, fact, self._clock.now_s())
+        noted = [one.fields.get("text") for one in actions if isinstance(one, machine.Note)]
         for action in actions:
+            if isinstance(action, machine.Say) and action.text not in noted:
+                self._scribe.event("told", text=action.text)  # why it does what it does
             self._do(action)
 
     def _watch(self, source: Any, react: Callable[[], None]) -> None:
@@ -283,7 +292,7 @@ class Loop:
                 if attempt is not None:
                     attempt.child.signal(number)
             case machine.Publish(generation):
-                self._write_began_s = self._clock.now_s()
+                self._gauge.write_began(self._clock.now_s())
                 self._writer.publish(self._held[generation])
             case machine.Forget(generation):
                 self._release(generation)
@@ -296,7 +305,9 @@ class Loop:
             case machine.Inspect():
                 self._errands.ask("stacks", self._inspect, self._inspected)
             case machine.KillTree():
-                children.kill_tree()
+                if attempt is not None and attempt.child.exit_code() is None:
+                    self._scribe.event("killed", step=self._step())
+                self._kill()
             case machine.Note(event, fields):
                 self._scribe.event(event, **fields)
             case machine.Say(text):
@@ -313,6 +324,7 @@ class Loop:
 
     def _release(self, generation: int) -> None:
         job = self._held.pop(generation, None)
+        self._sums.pop(generation, None)
         if job is None:
             return
         os.close(job.descriptor)
@@ -321,30 +333,124 @@ class Loop:
         if attempt is not None and attempt.worker is not None and attempt.number == job.attempt:
             attempt.worker.send_or_drop(wire.Released(generation))
 
-    def _spawn(self, memory: Job | None, *, older: bool) -> None:
+    def _kill(self) -> None:
+        children.kill_tree()
+        if self._attempt is not None and self._attempt.stranger is not None:
+            self._attempt.stranger.kill()
+
+    def _is_gone(self) -> bool:
+        attempt = self._attempt
+        if attempt is not None and attempt.stranger is not None and not attempt.stranger.is_gone():
+            return False
+        return children.tree_is_gone(None if attempt is None else attempt.child)
+
+    def _spawn(self, snapshot: Job | None, *, older: bool) -> None:
         try:
-            attempt = self._start(memory)
+            self._number = self._run.claim_attempt()
         except (OSError, CkptdError) as error:
-            self._spawn_failed("start it", error)
+            refused = isinstance(error, OSError) and error.errno in _DISK_TROUBLE
+            self._tell(machine.SpawnFailed(f"a failure to start it ({error})", refused))
             return
         try:
-            # While the command starts: its imports take as long as reading a few GiB.
-            newest = None if memory is not None else self._newest(skip=int(older))
-        except OSError as error:
+            attempt = self._start(snapshot)
+        except (OSError, CkptdError) as error:
+            self._tell(machine.SpawnFailed(f"a failure to start it ({error})"))
+            return
+        sums = None if snapshot is None else self._sums.get(snapshot.snapshot.generation)
+        if snapshot is None:
+            self._look_for_newest(attempt, older=older)
+        elif sums is None:
+            self._started(attempt, None)
+        else:
+            self._look_into_memory(attempt, snapshot, sums)
+
+    def _look_into_memory(self, attempt: _Attempt, snapshot: Job, sums: Mapping[str, File]) -> None:
+        """Compare a snapshot with what was written of it, while the command starts."""
+
+        def found(sound: bool) -> None:  # noqa: FBT001  # an errand's answer
+            if attempt is not self._attempt:
+                return  # it has ended meanwhile
+            if sound:
+                self._started(attempt, None)
+                return
+            self._terminal.say(
+                f"the state of step {snapshot.snapshot.step} in memory is not what was written of "
+                "it (the process that died may have written into it): the disk is used"
+            )
+            attempt.memory = None
+            self._look_for_newest(attempt, older=False)
+
+        own = replace(snapshot, descriptor=os.dup(snapshot.descriptor))  # it may be let go of
+
+        def look() -> bool:
+            try:
+                return is_sound(own, sums)
+            finally:
+                os.close(own.descriptor)
+
+        self._errands.ask("memory", look, found)
+
+    def _look_for_newest(self, attempt: _Attempt, *, older: bool) -> None:
+        """Read the newest checkpoint while the command starts, and go on hearing everybody."""
+        distrusted = dict(self._distrusted)
+        skip = int(older)
+
+        def newest() -> tuple[store.Checkpoint | None, list[store.SetAside]] | OSError:
+            try:
+                return store.newest(
+                    self._disk, self._run.checkpoints, skip=skip, distrusted=distrusted
+                )
+            except OSError as error:
+                return error
+
+        self._errands.ask("newest", newest, lambda found: self._newest_found(found, attempt, skip))
+
+    def _newest_found(
+        self,
+        found: tuple[store.Checkpoint | None, list[store.SetAside]] | OSError,
+        attempt: _Attempt,
+        skip: int,
+    ) -> None:
+        current = self._attempt
+        if isinstance(found, OSError):
             if not self._read_once:
-                raise  # whoever launches has to see it; a job that ran before waits for its disk
-            self._spawn_failed("read its checkpoints", error)
+                raise found  # whoever launches has to see it; a job that ran before waits
+            if current is not None and not current.ready:
+                why = f"a failure to read its checkpoints ({found})"
+                self._tell(machine.SpawnFailed(why, disk=True))
             return
         self._read_once = True
-        self._started(attempt, newest)
+        newest, set_aside = found
+        self._say_set_aside(newest, set_aside)
+        if current is None or current.ready:
+            return  # it has ended meanwhile
+        if current is not attempt:
+            self._look_for_newest(current, older=bool(skip))
+            return
+        step = None if newest is None else newest.step
+        before = self._state.ledger.durable_step
+        if before is not None and not set_aside and not skip and (step is None or step < before):
+            self._terminal.say(
+                f"the checkpoint of step {before}, which was durable, is no longer in "
+                f"{self._run.checkpoints}: somebody has removed it"
+            )
+        self._tell(machine.Found(step, len(self._checkpoints())))
+        self._started(current, newest)
 
-    def _spawn_failed(self, what: str, error: OSError | CkptdError) -> None:
-        refused = isinstance(error, OSError) and error.errno in _DISK_REFUSES
-        self._tell(machine.SpawnFailed(f"a failure to {what} ({error})", refused))
+    def _say_set_aside(
+        self, newest: store.Checkpoint | None, set_aside: list[store.SetAside]
+    ) -> None:
+        for one in set_aside:
+            self._scribe.event("set aside", path=one.path.name, why=one.why)
+            self._terminal.say(
+                f"a checkpoint is damaged and was set aside as {one.path}: {one.why}"
+            )
+        if set_aside:
+            using = "starting over" if newest is None else f"using the older step {newest.step}"
+            self._terminal.say(using)
 
     def _start(self, snapshot: Job | None) -> _Attempt:
-        """Start the command as a new attempt."""
-        self._number = self._run.claim_attempt()
+        """Start the command as the attempt that was claimed."""
         environment, said = environment_for(self._job, os.environ)
         environment[wire.ENV_SOCKET] = self._server.address
         if said:
@@ -369,11 +475,9 @@ class Loop:
         attempt = _Attempt(self._number, child, output, page_fd, page, None, snapshot, oom)
         self._attempt = attempt
         self._rhythm.started()
-        self._started_at_s = self._clock.now_s()
-        self._samples.clear()
+        self._gauge.started(self._clock.now_s(), from_memory=snapshot is not None)
         self._last_lines.clear()
         self._unended = b""
-        self._restarts += self._number > 1
         self._watch(child, self._child_ended)
         self._selector.register(output, selectors.EVENT_READ, self._output_came)
         self._note_supervisor()
@@ -382,6 +486,7 @@ class Loop:
     def _started(self, attempt: _Attempt, newest: store.Checkpoint | None) -> None:
         """It runs: what it will restore is known, before anybody answers its worker."""
         snapshot = attempt.memory
+        attempt.ready = True
         attempt.checkpoint = None if newest is None else newest.path
         step = None if newest is None else newest.step
         at = "from the beginning" if step is None else f"from step {step}"
@@ -395,6 +500,8 @@ class Loop:
         self._terminal.say(f"run {self._job.name!r}, attempt {self._number}, {at}")
         self._host.ready()
         self._tell(machine.Spawned())
+        while self._waiting:
+            self._welcome(*self._waiting.pop(0))
 
     def _receipt(self, generation: int, why: str | None) -> None:
         if self._attempt is None or self._attempt.worker is None:
@@ -419,6 +526,10 @@ class Loop:
             return
         self._drain_output(attempt)
         self._drop_worker()
+        while self._waiting:
+            self._waiting.pop()[0].close()
+        if attempt.stranger is not None:
+            attempt.stranger.close()
         for source in (attempt.child, attempt.output):
             self._forget(source)
         attempt.child.close()
@@ -426,21 +537,6 @@ class Loop:
         for descriptor in (attempt.output, attempt.page_fd):
             os.close(descriptor)
         self._attempt = None
-
-    def _newest(self, skip: int = 0) -> store.Checkpoint | None:
-        """The newest sound checkpoint; what is damaged is set aside and said."""
-        newest, set_aside = store.newest(self._disk, self._run.checkpoints, skip=skip)
-        for one in set_aside:
-            self._scribe.event("set aside", path=one.path.name, why=one.why)
-            self._terminal.say(
-                f"a checkpoint is damaged and was set aside as {one.path}: {one.why}"
-            )
-        if set_aside:
-            using = "starting over" if newest is None else f"using the older step {newest.step}"
-            self._terminal.say(using)
-            left = len(self._checkpoints())
-            self._tell(machine.SetAside(None if newest is None else newest.step, left))
-        return newest
 
     def _checkpoints(self) -> list[str]:
         """The names of the checkpoints that there are, newest first; none of them is read."""
@@ -479,9 +575,11 @@ class Loop:
         if code is not None:
             self._forget(attempt.child)
             self._hear_worker_out(attempt)
+            if not attempt.ready:
+                self._scribe.event("started", attempt=self._number, pid=attempt.child.pid)
             cause = ("" if code == 0 else attempt.oom.found(code)) or ""
             if code != 0:
-                self._last_failure = f"{described(code)} {cause}".rstrip()
+                self._gauge.last_failure = f"{described(code)} {cause}".rstrip()
             self._tell(machine.Exited(code, self._step(), cause))
 
     def _hear_worker_out(self, attempt: _Attempt) -> None:
@@ -492,9 +590,10 @@ class Loop:
     def _write_ended(self) -> None:
         done: Done = self._writer.take()
         if done.why is None:
-            self._durable_at_s = self._clock.now_s()
-            self._write_s = self._durable_at_s - self._write_began_s
-            self._tell(machine.Published(done.generation, done.step, self._write_s))
+            self._sums[done.generation] = done.files
+            taken_s = self._held[done.generation].came_s
+            took_s = self._gauge.written(self._clock.now_s(), taken_s)
+            self._tell(machine.Published(done.generation, done.step, took_s))
         else:
             self._tell(machine.PublishFailed(done.generation, done.why, done.fenced))
 
@@ -539,7 +638,10 @@ class Loop:
         message, descriptors = received
         close_all(descriptors)
         if isinstance(message, wire.Hello):
-            self._welcome(peer, message)
+            if self._attempt is not None and not self._attempt.ready:
+                self._waiting.append((peer, message))
+            else:
+                self._welcome(peer, message)
         elif isinstance(message, wire.Ask):
             self._asked(peer, message)
         else:
@@ -558,7 +660,7 @@ class Loop:
             return
         if self._job.facts is None:
             self._job = msgspec.structs.replace(self._job, facts=hello.environment)
-            self._run.write(self._job)
+            self._write_down(self._job)
             first = None
         else:
             first = self._job.facts
@@ -573,7 +675,7 @@ class Loop:
                 first,
                 self._policy.keep,
                 self._generation,
-                None if memory is None else memory.snapshot.files,
+                None if memory is None else memory.snapshot.table,
             ),
             [
                 *(attempt.page_fd, self._lock, attempt.output),
@@ -581,6 +683,7 @@ class Loop:
             ],
         )
         attempt.worker, attempt.had_worker, attempt.worker_pid = peer, True, hello.pid
+        attempt.stranger = Stranger.of(peer.pid())
         self._watch(peer, self._worker_spoke)
         self._scribe.event("attached", attempt=attempt.number, pid=hello.pid)
         self._tell(machine.WorkerAttached(own=hello.pid == attempt.child.pid))
@@ -602,9 +705,17 @@ class Loop:
             return
         message, descriptors = received
         if isinstance(message, wire.Snapshot) and len(descriptors) == 1:
-            self._held[message.generation] = Job(message, descriptors[0], attempt.number)
+            try:
+                table = wire.table_in(memory.readable(descriptors[0]), message.table)
+            except (ProtocolError, OSError, ValueError) as error:
+                close_all(descriptors)
+                self._unreadable(message.generation, str(error))
+                return
+            now_s = self._clock.now_s()
+            job = Job(message, table, descriptors[0], attempt.number, now_s)
+            self._held[message.generation] = job
             self._generation = message.generation
-            self._whole_at_s, self._cost_s = self._clock.now_s(), message.cost_s
+            self._gauge.taken(now_s, message.cost_s)
             asked = wire.serial_of(message.asked)
             self._tell(
                 machine.SnapshotCame(message.generation, message.step, asked, message.cost_s)
@@ -612,6 +723,14 @@ class Loop:
             return
         close_all(descriptors)
         self._heard(message)
+
+    def _unreadable(self, generation: int, why: str) -> None:
+        """A snapshot is not what its message says: it is as one that could not be written."""
+        self._terminal.say(why)
+        if self._state.ledger.writing is None:
+            self._tell(machine.PublishFailed(generation, why, fenced=False))
+        else:  # the machine would take it for that one
+            self._receipt(generation, why)
 
     def _heard(self, message: wire.ToSupervisor) -> None:
         match message:
@@ -636,19 +755,41 @@ class Loop:
                 self._terminal.say(text)
             case wire.Refused(error, text):
                 self._scribe.event("refused", error=error, text=text)
-                self._tell(machine.WorkerRefused(text))
+                self._refused(error, text)
             case wire.Bye(finished):
                 self._tell(machine.WorkerSaidBye(finished))
             case _:
                 self._terminal.say(f"the worker sent a {type(message).__name__}: ignored")
 
+    def _refused(self, error: str, text: str) -> None:
+        attempt = self._attempt
+        if (
+            error == DamagedError.__name__
+            and attempt is not None
+            and attempt.checkpoint is not None
+        ):
+            # It was sound when we read it. The next start sets it aside and uses the one before.
+            self._distrusted[attempt.checkpoint] = text
+        else:
+            self._tell(machine.WorkerRefused(text))
+
     def _check_space(self, length: int) -> None:
         """Before the first step: that no disk is full at three in the morning."""
-        free = disk.free(self._run.path)
-        short = space_short(length, self._policy.keep, len(self._checkpoints()), free)
-        if short is not None:
-            self._scribe.event("space is short", needed=length, free=free)
-            self._terminal.say(f"{self._run.path}: {short}")
+
+        def short() -> tuple[int, str] | None:
+            try:
+                free, there = disk.free(self._run.path), len(self._checkpoints())
+            except OSError:
+                return None  # the first write says what is wrong with this disk
+            said = space_short(length, self._policy.keep, there, free)
+            return None if said is None else (free, said)
+
+        def found(said: tuple[int, str] | None) -> None:
+            if said is not None:
+                self._scribe.event("space is short", needed=length, free=said[0])
+                self._terminal.say(f"{self._run.path}: {said[1]}")
+
+        self._errands.ask("space", short, found)
 
     def _drop_worker(self) -> None:
         attempt = self._attempt
@@ -665,6 +806,7 @@ class Loop:
             self._stop_askers.append(peer)
             self.stopped_by_owner = True
             self._tell(machine.StopAsked())
+            self._ask_host()
         elif ask.what == "checkpoint":
             self._askers.append(peer)
             self._tell(machine.CheckpointAsked())
@@ -679,17 +821,21 @@ class Loop:
 
     def _glance(self, now_s: float) -> None:
         """Bring the rate and the terminal's line up to date, about once a second."""
-        if self._samples and now_s - self._samples[-1][0] < _GLANCE_S:
+        looked_s = self._gauge.looked_s()
+        if looked_s is not None and now_s - looked_s < _GLANCE_S:
             return
-        self._samples.append((now_s, self._step()))
+        self._gauge.moved(now_s, self._step())
         self._look_for_hang(now_s)
         self._tell_host()
         writing = self._state.ledger.writing
-        if writing is not None and now_s - self._write_began_s > SLOW_WRITE_S:
+        if writing is not None and self._gauge.writes_for_s(now_s) > SLOW_WRITE_S:
+            held = self._state.ledger.held or writing
+            goes_on = isinstance(self._state.phase, machine.Attached)
             self._terminal.say_once(
-                f"the checkpoint of step {writing.step} has been written for {SLOW_WRITE_S:.0f} s "
-                f"now: the disk under {self._run.path} is slow or does not answer. Training goes "
-                "on, and the newest state is in memory"
+                f"the checkpoint of step {writing.step} ({sized(self._state.length)}) has been "
+                f"written for {SLOW_WRITE_S:.0f} s now: the disk under {self._run.path} is slow or "
+                f"does not answer. In memory is the state of step {held.step}"
+                + (", and training goes on" if goes_on else "")
             )
         self._terminal.progress(self._summary)
 
@@ -709,7 +855,7 @@ class Loop:
         self._rhythm.look(now_s, step, items, first=first, stopped=stopped)
         idle_s = self._rhythm.idle_s
         if self._rhythm.hangs():
-            self._last_failure = f"a hang at step {step}"
+            self._gauge.last_failure = f"a hang at step {step}"
             self._tell(machine.Stalled(idle_s, step))
 
     def _tell_host(self) -> None:
@@ -719,69 +865,18 @@ class Loop:
         if not isinstance(self._state.phase, runs) and machine.deadline(self._state) is not None:
             self._host.more_time(_MORE_TIME_S)  # it ends: at a deadline of the machine's
 
-    def _rate(self) -> float | None:
-        """Steps per second over the last samples."""
-        if len(self._samples) < 2:  # two points make a slope
-            return None
-        (then_s, then), (now_s, now) = self._samples[0], self._samples[-1]
-        return (now - then) / (now_s - then_s) if now > then else None
-
-    def _place(self) -> str:
-        if self._attempt is None:
-            return ""
-        parts = []
-        for loop in self._attempt.page.loops():
-            of = f"/{loop.length}" if loop.length else ""
-            parts.append(f"{min(loop.done + 1, loop.length or loop.done + 1)}{of}")
-        return " · ".join(parts)
-
-    def _facts(self) -> dict[str, str | int | float | None]:
-        ledger, now_s = self._state.ledger, self._clock.now_s()
-        durable_s = None if self._durable_at_s is None else now_s - self._durable_at_s
-        rate = self._rate()
-        values = {} if self._attempt is None else self._attempt.page.values()
-        return {
-            "state": type(self._state.phase).__name__.lower(),
-            "attempt": self._number,
-            "step": self._step(),
-            "place": self._place(),
-            "rate": None if rate is None else round(rate, 3),
-            "durable step": ledger.durable_step,
-            "durable age s": None if durable_s is None else round(durable_s, 1),
-            "restarts": self._restarts,
-            "last failure": self._last_failure or None,
-            "not durable because": ledger.failed,
-            "would cost": self._at_stake(now_s, rate, durable_s),
-            **{f"log {name}": value for name, value in values.items()},
-        }
-
-    def _at_stake(self, now_s: float, rate: float | None, durable_s: float | None) -> str | None:
-        """What an interruption would cost now; None: no worker runs."""
-        if self._attempt is None or self._attempt.worker is None:
-            return None
-        ledger = self._state.ledger
-        in_memory = ledger.held is not None or ledger.writing is not None
-        whole_s = durable_s
-        if in_memory and self._whole_at_s is not None:
-            whole_s = now_s - self._whole_at_s
-        return at_stake(
-            self._policy.grace_s,
-            flush_s=None if self._write_s is None else self._cost_s + self._write_s,
-            step_s=None if not rate else 1 / rate,
-            whole_s=whole_s,
-            durable_s=durable_s,
-            runs_s=now_s - self._started_at_s,
+    def _facts(self) -> Facts:
+        attempt = self._attempt
+        return self._gauge.facts(
+            self._state,
+            self._clock.now_s(),
+            attempt=self._number,
+            page=None if attempt is None else attempt.page,
+            works=attempt is not None and attempt.worker is not None,
         )
 
     def _summary(self) -> str:
-        """One line for a person: "attached · 3/30 · 40/120 · step 400 · 12.3/s · durable 400"."""
-        facts = self._facts()
-        words = [str(facts["state"]), str(facts["place"] or ""), f"step {facts['step']}"]
-        if facts["rate"] is not None:
-            words.append(f"{facts['rate']:.3g} steps/s")
-        if facts["durable step"] is not None:
-            words.append(f"durable: step {facts['durable step']}")
-        return " · ".join(word for word in words if word)
+        return summary(self._facts())
 
     # -------------------------------------------------------------- the small things
 
@@ -802,7 +897,21 @@ class Loop:
             job=self._host.job,
             restart=self._host.restart,
         )
-        self._run.write(self._noted)
+        if self._attempt is None:
+            self._run.write(self._noted)  # whoever launches has to see that it can't be written
+        else:
+            self._write_down(self._noted)
+
+    def _write_down(self, content: JobFile | SupervisorFile) -> None:
+        """Replace one of the run's files, without waiting for the disk."""
+
+        def write() -> None:
+            try:
+                self._run.write(content)
+            except OSError as error:
+                self._terminal.say_once(f"{self._run.path} can't be written: {error.strerror}")
+
+        self._scribe.do(write)
 
     def _forget_supervisor(self) -> None:
         if self._noted is None:
@@ -821,11 +930,11 @@ class Loop:
 
     def _close(self) -> None:
         """However the loop ended: no process of the job outlives it."""
-        children.kill_tree()
+        self._kill()
         if self._attempt is not None:
             until_s = self._clock.now_s() + self._policy.kill_s
-            while not children.tree_is_gone(self._attempt.child) and self._clock.now_s() < until_s:
-                children.kill_tree()
+            while not self._is_gone() and self._clock.now_s() < until_s:
+                self._kill()
                 self._selector.select(_TREE_POLL_S)
             self._end_attempt()
         self._terminal.progress(None)

@@ -31,7 +31,8 @@ Theory of operation. A job's life is a chain of attempts:
   to the log, before they are killed.
 - *Leaving*: the receipt was given; the processes have until the same deadline to end by themselves.
 - *Ending*: everything that is left was killed; waits until the tree is gone.
-- *Saving*: no process is left, and the newest whole snapshot is being made durable.
+- *Saving*: no process is left, and the newest whole snapshot is being made durable. After a failure
+  it has all the time that there is, at a stop what the host or the user has left.
 - *Ended*: nothing more will happen.
 
 Why the processes are ended (`Purpose`) is carried from Ending through Saving to `_conclude`, the
@@ -63,8 +64,12 @@ class Spawned:
 
 
 @dataclass(frozen=True, slots=True)
-class SetAside:
-    """Checkpoints were found damaged; `step` is the newest sound one's, `checkpoints` are left."""
+class Found:
+    """The disk was looked at: what the command continues from, and how many checkpoints there are.
+
+    Attributes:
+        step: of the newest sound one that was not left out; None: there is none.
+    """
 
     step: int | None
     checkpoints: int
@@ -240,7 +245,7 @@ class Ticked:
 
 Fact = (
     Spawned
-    | SetAside
+    | Found
     | SpawnFailed
     | WorkerAttached
     | WorkerDetached
@@ -487,10 +492,15 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """Nothing runs; what was held in memory is being made durable."""
+    """Nothing runs; what was held in memory is being made durable.
+
+    Attributes:
+        interrupts: how often Ctrl-C was pressed since the job was asked to stop.
+    """
 
     deadline_s: float
     purpose: Purpose
+    interrupts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -563,6 +573,7 @@ class State:
         keeps: whether a snapshot is kept in memory when it is durable.
         granted_s: the grace of the stop under way where the host knows it; None: the policy's.
         write_s: how long the newest write took; 0: there was none.
+        length: about how many bytes a snapshot has; 0: not known yet.
     """
 
     policy: Policy
@@ -583,6 +594,7 @@ class State:
     keeps: bool = True
     granted_s: float | None = None
     write_s: float = 0.0
+    length: int = 0
 
 
 Turn = tuple[State, list[Action]]
@@ -612,12 +624,15 @@ def begin(
 def deadline(state: State) -> float | None:
     """Until when nothing has to happen by itself; None: for ever."""
     phase = state.phase
-    if isinstance(phase, Attached):
-        due_s = min(phase.flush_s, phase.hold_s)
-        return None if math.isinf(due_s) else due_s
     if isinstance(phase, Ended):
         return None
-    return _waits_until_s(state, phase) if isinstance(phase, Flushing) else phase.deadline_s
+    if isinstance(phase, Attached):
+        due_s: float | None = min(phase.flush_s, phase.hold_s)
+    elif isinstance(phase, Flushing):
+        due_s = _waits_until_s(state, phase)
+    else:
+        due_s = phase.deadline_s
+    return None if due_s is None or math.isinf(due_s) else due_s
 
 
 def step(state: State, fact: Fact, now_s: float) -> Turn:
@@ -776,7 +791,25 @@ def _after_tree(state: State, purpose: Purpose, now_s: float) -> Turn:
     if state.ledger.writing is None:
         state, more = _conclude(state, purpose, now_s)
         return state, actions + more
-    return replace(state, phase=Saving(now_s + state.policy.grace_s, purpose)), actions
+    # A failed job has all the time that there is, until somebody stops it.
+    hurries = purpose.why not in (Why.FAILED, Why.REFUSED)
+    until_s = _saves_until_s(state, now_s) if hurries else math.inf
+    return replace(state, phase=Saving(until_s, purpose)), actions
+
+
+def _saves_until_s(state: State, now_s: float) -> float:
+    """Until when, at a stop, what was held may be written."""
+    return now_s + (_write_s_max(state) if _is_free(state) else state.policy.grace_s)
+
+
+def _is_free(state: State) -> bool:
+    """Whether neither the host nor the user has limited the stop under way."""
+    return state.granted_s is None and not state.policy.grace_given
+
+
+def _write_s_max(state: State) -> float:
+    """How long a write may take that nobody has limited."""
+    return max(policies.WRITE_S_MAX, policies.WRITE_MARGIN * state.write_s, state.policy.grace_s)
 
 
 def _conclude(state: State, purpose: Purpose, now_s: float) -> Turn:
@@ -820,8 +853,8 @@ def _doubt(state: State, purpose: Purpose, now_s: float) -> Turn:
     pause_s = state.policy.pause_s(state.failures)
     said = (
         f"{purpose.text} at step {state.failed_step}, {state.crashes} times in a row: the "
-        f"checkpoint of step {state.ledger.durable_step} is suspected (and kept); the one before "
-        f"it is tried once, in {pause_s:g} s"
+        f"checkpoint of step {state.ledger.durable_step} is suspected; the one before it is tried "
+        f"once, in {pause_s:g} s (the suspected one is kept, as .superseded if that gets on)"
     )
     phase = Pausing(now_s + pause_s, older=True)
     state = replace(state, phase=phase, doubted=True, refused=None, unfinished=False)
@@ -911,7 +944,8 @@ def _stop_while_pausing(state: State, phase: Pausing, fact: Fact, now_s: float) 
     return _after_tree(state, Purpose(Why.STOPPED, stop), now_s)
 
 
-def _set_aside(state: State, phase: Unattached, fact: SetAside, now_s: float) -> Turn:
+def _found(state: State, phase: Unattached, fact: Found, now_s: float) -> Turn:
+    """What is there counts, not what was written: it may be damaged, or gone."""
     return _with(state, durable_step=fact.step, checkpoints=fact.checkpoints), []
 
 
@@ -981,9 +1015,11 @@ def _exited_unattached(state: State, phase: Unattached, fact: Exited, now_s: flo
 
 
 def _stop_code(state: State, code: int) -> int:
-    """What a stop of a command without a worker ends with: 75 only if it can be continued."""
+    """What a stop of a command without a worker ends with: 75 only if it is to be started again."""
     if state.ever_attached or state.policy.flush_signal is not None:
         return Exit.INTERRUPTED
+    if code < 0 and state.policy.comes_back:
+        return Exit.INTERRUPTED  # still importing: a scheduler's warning is no end
     return policies.exit_of(code)
 
 
@@ -997,7 +1033,7 @@ def _detached(state: State, phase: Attached, fact: WorkerDetached, now_s: float)
 def _sized(state: State, phase: Attached, fact: Sized, now_s: float) -> Turn:
     # Nothing is measured yet, and the first one costs most: it fills memory that is new.
     every_s = state.policy.hold_every_s(fact.length / policies.FILL_RATE)
-    state = replace(state, hold_every_s=every_s)
+    state = replace(state, hold_every_s=every_s, length=fact.length)
     return replace(state, phase=replace(phase, hold_s=now_s + every_s)), []
 
 
@@ -1012,7 +1048,8 @@ def _tick_attached(state: State, phase: Attached, fact: Ticked, now_s: float) ->
         return replace(state, phase=phase), []
     whole = (ledger.held, ledger.writing)
     newest = max([ledger.durable_step or 0, *(one.step for one in whole if one is not None)])
-    if ledger.writing is not None or fact.step <= newest:
+    both = ledger.writing is not None and ledger.held is not None
+    if both or fact.step <= newest:
         # Both memories are in use, or there is nothing new.
         return replace(state, phase=replace(phase, hold_s=now_s + state.hold_every_s)), []
     phase = replace(phase, hold_s=math.inf)
@@ -1152,27 +1189,37 @@ def _tick_inspecting(state: State, phase: Inspecting, fact: Ticked, now_s: float
 
 def _snapshot_flushing(state: State, phase: Flushing, fact: SnapshotCame, now_s: float) -> Turn:
     if fact.asked >= phase.serial:
-        state = replace(state, phase=replace(phase, answer=fact.generation))
+        state = _answered(state, phase, fact.generation, now_s)
     return _hold(state, fact)
+
+
+def _answered(state: State, phase: Flushing, generation: int, now_s: float) -> State:
+    """The state is in memory; where nobody limits the stop, its write may take longer than that."""
+    deadline_s = phase.deadline_s
+    if _is_free(state):
+        deadline_s = max(deadline_s, now_s + _write_s_max(state))
+    return replace(state, phase=replace(phase, answer=generation, deadline_s=deadline_s))
 
 
 def _stood_flushing(state: State, phase: Flushing, fact: Stood, now_s: float) -> Turn:
     if fact.asked >= phase.serial:
         if state.ledger.durable_generation >= fact.generation:
             state, actions = _stand(state, fact)
-            return _leaving(state, phase), actions
-        state = replace(state, phase=replace(phase, answer=fact.generation))
+            return _leaving(state, phase, now_s), actions
+        state = _answered(state, phase, fact.generation, now_s)
     return _stand(state, fact)
 
 
-def _leaving(state: State, phase: Flushing) -> State:
+def _leaving(state: State, phase: Flushing, now_s: float) -> State:
+    """All is done; what does not end by itself holds up the host's other jobs for nothing."""
+    deadline_s = min(phase.deadline_s, now_s + state.policy.grace_s)
     purpose = Purpose(Why.STOPPED, phase.stop)
-    return replace(state, phase=Leaving(phase.deadline_s, purpose), asked=False)
+    return replace(state, phase=Leaving(deadline_s, purpose), asked=False)
 
 
 def _published_flushing(state: State, phase: Flushing, fact: Published, now_s: float) -> Turn:
     state, actions = _book(state, fact)
-    return (_leaving(state, phase) if fact.generation == phase.answer else state), actions
+    return (_leaving(state, phase, now_s) if fact.generation == phase.answer else state), actions
 
 
 def _publish_failed_flushing(
@@ -1182,7 +1229,7 @@ def _publish_failed_flushing(
         return _fenced(state, fact, now_s)
     state, actions = _book_failure(state, fact)
     if fact.generation == phase.answer:
-        return _leaving(state, phase), actions
+        return _leaving(state, phase, now_s), actions
     state, more = _publish_due(state)
     return state, actions + more
 
@@ -1208,7 +1255,18 @@ def _waits_until_s(state: State, phase: Flushing) -> float:
     """Until when to wait for a safe point: what is held in memory must still become durable."""
     held = state.ledger.held
     lost = phase.answer is None and held is not None and not held.durable
-    return phase.deadline_s - policies.WRITE_MARGIN * state.write_s if lost else phase.deadline_s
+    return phase.deadline_s - _reserved_s(state) if lost else phase.deadline_s
+
+
+def _reserved_s(state: State) -> float:
+    """Time to keep free for a write before the deadline."""
+    measured = state.write_s > 0
+    write_s = state.write_s if measured else state.length / policies.WRITE_RATE
+    reserved_s = policies.WRITE_MARGIN * write_s
+    if measured and not _is_free(state):
+        return reserved_s
+    # It is a guess, or nobody is known to end the write: half of the time is for a safe point.
+    return min(reserved_s, _grace_s(state) / 2)
 
 
 def _tick_flushing(state: State, phase: Flushing, fact: Ticked, now_s: float) -> Turn:
@@ -1219,9 +1277,11 @@ def _tick_flushing(state: State, phase: Flushing, fact: Ticked, now_s: float) ->
     if phase.answer is not None:
         said = f"the checkpoint is not written yet after {grace_s:g} s"
     elif held is not None and not held.durable:
+        reserved_s = _reserved_s(state)
+        less = f", less {reserved_s:.2g} s for the write" if reserved_s else ""
         said += (
-            f", less {state.write_s:.2g} s that a checkpoint takes: the state of step {held.step}, "
-            f"in memory, is made durable instead; it costs {max(0, fact.step - held.step)} steps"
+            f"{less}: the state of step {held.step}, in memory, is made durable instead; it costs "
+            f"{max(0, fact.step - held.step)} steps"
         )
     state, actions = _end_tree(state, Purpose(Why.STOPPED, phase.stop), now_s)
     return state, [Say(said), *actions]
@@ -1340,27 +1400,40 @@ def _publish_failed_saving(state: State, phase: Saving, fact: PublishFailed, now
 def _tick_saving(state: State, phase: Saving, fact: Ticked, now_s: float) -> Turn:
     if now_s < phase.deadline_s:
         return state, []
-    why = f"the write did not end within {state.policy.grace_s:g} s"
-    state = _with(state, failed=why)
-    if phase.purpose.why is not Why.FAILED:
-        return _conclude(state, phase.purpose, now_s)
-    # Never a relaunch beside a write that may still end: it would be of an older attempt.
-    text = f"{phase.purpose.text}; then {why}. {_standing(state)}"
-    return _over(state, Exit.NOT_DURABLE, "gave up", text)
+    return _conclude(_with(state, failed="the write did not end in time"), phase.purpose, now_s)
 
 
-def _stop_while_ending(
-    state: State,
-    phase: Ending | Saving,
-    fact: Fact,
-    now_s: float,
-) -> Turn:
+def _stop_ending(state: State, phase: Ending, fact: Fact, now_s: float) -> Turn:
     """A stop while a failed attempt is cleared away: clear it away, then stop and not relaunch."""
     stop = _stop_name(fact)
     if stop is None or phase.purpose.why is not Why.FAILED:
         return state, []
-    purpose = Purpose(Why.STOPPED, stop)
-    return replace(state, phase=replace(phase, purpose=purpose)), []
+    phase = replace(phase, purpose=Purpose(Why.STOPPED, stop))
+    return replace(state, phase=phase), [Note("asked to stop", {"by": stop})]
+
+
+def _stop_saving(state: State, phase: Saving, fact: Fact, now_s: float) -> Turn:
+    """The same while its state is written; from then on that has not all the time there is."""
+    stop = _stop_name(fact)
+    if stop is None:
+        return state, []
+    if not math.isinf(phase.deadline_s):  # it was stopped before
+        return _press_saving(state, phase, now_s) if stop == "SIGINT" else (state, [])
+    failed = phase.purpose.why is Why.FAILED
+    purpose = Purpose(Why.STOPPED, stop) if failed else phase.purpose
+    phase = Saving(_saves_until_s(state, now_s), purpose)
+    return replace(state, phase=phase), [
+        Note("asked to stop", {"by": stop}),
+        Say(f"{stop}: leaving, as soon as the state in memory is written"),
+    ]
+
+
+def _press_saving(state: State, phase: Saving, now_s: float) -> Turn:
+    if phase.interrupts:
+        return _conclude(_with(state, failed="its write was given up"), phase.purpose, now_s)
+    return replace(state, phase=replace(phase, interrupts=1)), [
+        Say(f"still writing. Another Ctrl-C gives that up. {_standing(state)}")
+    ]
 
 
 # ------------------------------------------------------------------ the table
@@ -1408,7 +1481,7 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Pausing, CheckpointAsked): _checkpoint_while_idle,
     # -------- the command runs
     (Unattached, Spawned): _ignored("it was ordered when this phase began"),
-    (Unattached, SetAside): _set_aside,
+    (Unattached, Found): _found,
     (Unattached, SpawnFailed): _spawn_failed,
     (Unattached, WorkerAttached): _attached,
     (Unattached, WorkerDetached): _ignored("no worker is attached"),
@@ -1431,7 +1504,7 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Unattached, Ticked): _tick_unattached,
     # -------- a worker runs
     (Attached, Spawned): _LATE,
-    (Attached, SetAside): _NOT_SPAWNED,
+    (Attached, Found): _NOT_SPAWNED,
     (Attached, SpawnFailed): _NOT_SPAWNED,
     (Attached, WorkerAttached): _ignored("the loop turns a second worker away"),
     (Attached, WorkerDetached): _detached,
@@ -1452,7 +1525,7 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Attached, Ticked): _tick_attached,
     # -------- it is to flush and leave
     (Flushing, Spawned): _LATE,
-    (Flushing, SetAside): _NOT_SPAWNED,
+    (Flushing, Found): _NOT_SPAWNED,
     (Flushing, SpawnFailed): _NOT_SPAWNED,
     (Flushing, WorkerAttached): _ignored("the loop turns a second worker away"),
     (Flushing, WorkerDetached): _ignored("the command's exit tells what became of it"),
@@ -1502,16 +1575,16 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Ending, Published): _published_ending,
     (Ending, PublishFailed): _publish_failed_ending,
     (Ending, TreeGone): _tree_gone,
-    (Ending, Signalled): _stop_while_ending,
-    (Ending, StopAsked): _stop_while_ending,
+    (Ending, Signalled): _stop_ending,
+    (Ending, StopAsked): _stop_ending,
     (Ending, CheckpointAsked): _checkpoint_while_idle,
     (Ending, Ticked): _tick_ending,
     # -------- nothing runs, and what was held is written
     **{(Saving, fact): _NO_CHILD for fact in FACTS},
     (Saving, Published): _published_saving,
     (Saving, PublishFailed): _publish_failed_saving,
-    (Saving, Signalled): _stop_while_ending,
-    (Saving, StopAsked): _stop_while_ending,
+    (Saving, Signalled): _stop_saving,
+    (Saving, StopAsked): _stop_saving,
     (Saving, CheckpointAsked): _checkpoint_while_idle,
     (Saving, Ticked): _tick_saving,
     # -------- what the host says

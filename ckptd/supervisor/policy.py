@@ -47,6 +47,10 @@ SUSPECT_AFTER: Final = 3
 SLOW_WRITE_S: Final = 60.0
 #: How many times the measured duration of a write is kept free for one before a deadline.
 WRITE_MARGIN: Final = 2.0
+#: How long a write may take at a stop that nobody limits, in seconds.
+WRITE_S_MAX: Final = 600.0
+#: How fast a first checkpoint is assumed to be written, in bytes a second.
+WRITE_RATE: Final = 3e8
 #: How long writing down what a job that hangs is doing may take, in seconds.
 INSPECT_S: Final = 20.0
 #: How fast a first snapshot is assumed to fill memory that no one has used yet, in bytes a second.
@@ -61,6 +65,7 @@ class Policy(msgspec.Struct, frozen=True):
         overhead: the share of the run time that snapshots into memory may cost; 0: none are taken.
         grace_s: from a notice to the end of the worker, where the host knows no better.
         grace_given: the user chose it: where the host leaves more, it is not used.
+        comes_back: the host starts an interrupted job again, where that is asked for.
         keep: checkpoints to keep.
         memory_tier: whether the newest snapshot stays in memory, to start again from.
         restarts_max: failures without progress between them before giving up.
@@ -83,6 +88,7 @@ class Policy(msgspec.Struct, frozen=True):
     kill_s: float = 10.0
     flush_signal: int | None = None
     grace_given: bool = False
+    comes_back: bool = False
     hang_after_s: float | None = None
 
     def hold_every_s(self, cost_s: float) -> float:
@@ -126,9 +132,9 @@ def at_stake(
     *,
     flush_s: float | None,
     step_s: float | None,
-    whole_s: float | None,
-    durable_s: float | None,
-    runs_s: float,
+    crash_s: float,
+    power_s: float,
+    refused: bool = False,
 ) -> str:
     """What an interruption would cost now, for a person.
 
@@ -136,16 +142,17 @@ def at_stake(
         grace_s: how long a stopped job has.
         flush_s: how long the last snapshot and its write took; None: there was none yet.
         step_s: how long a step takes; None: not known.
-        whole_s: the age of the newest state that is in memory or durable; None: there is none.
-        durable_s: the age of the newest durable one; None: there is none.
-        runs_s: how long the attempt runs.
+        crash_s: the age of the newest state that is in memory or durable.
+        power_s: the age of the newest durable one.
+        refused: the disk refused the last write.
     """
-    crash_s = runs_s if whole_s is None else min(whole_s, runs_s)
-    power_s = runs_s if durable_s is None else min(durable_s, runs_s)
     needs_s = None if flush_s is None else flush_s + (step_s or 0.0)
-    fits = needs_s is None or needs_s <= grace_s
+    if refused:
+        term = f"≤ {duration(power_s)}, unless the disk takes it again"
+    else:
+        term = "0 steps" if needs_s is None or needs_s <= grace_s else f"≤ {duration(crash_s)}"
     words = [
-        "SIGTERM: 0 steps" if fits else f"SIGTERM: ≤ {duration(crash_s)}",
+        f"SIGTERM: {term}",
         f"crash: ≤ {duration(crash_s)}",
         f"power cut: ≤ {duration(power_s)}",
     ]

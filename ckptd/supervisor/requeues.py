@@ -2,13 +2,15 @@
 
 Slurm's own MaxBatchRequeue counts launch failures only, so a job that is interrupted over and over
 before it gets anywhere would go round in circles. The count lies in the run's directory, since each
-round is another process.
+round is another process. It is a precaution: a count that can't be read or written keeps no job out
+of the queue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from ckptd.errors import CkptdError
 from ckptd.host.host import Host
 from ckptd.supervisor.policy import Exit
 from ckptd.supervisor.run import RequeuesFile, Run
@@ -43,21 +45,43 @@ def settle(
     if by_owner:
         say("stopped by its owner: the job is not put back into the queue")
         return code
-    before = run.requeues()
+    before = _read(run, say)
     fruitless = 0 if progressed else before + 1
     gave_up = fruitless > requeues_max
     # Who starts the job again by hand has looked at it: the count starts anew.
     after = 0 if gave_up else fruitless
     if after != before:
-        run.write(RequeuesFile(after))
+        _write(run, after, say)
     if gave_up:
+        times = "once" if fruitless == 1 else f"{fruitless} times in a row"
         say(
-            f"gave up: interrupted {fruitless} times in a row before a new step became durable; "
-            f"the job is not put back into the queue. See what takes so long with `ckptd logs "
-            f"{run.path.name}`; then submit it again, with more time or a larger --max-requeues"
+            f"gave up: interrupted {times} before a new step became durable. See what takes so "
+            f"long with `ckptd logs {run.path.name}`"
+        )
+        # Before its answer nobody knows whether the host starts it again by itself.
+        said = host.never_again()
+        say(
+            said
+            or "the job is not put back into the queue: submit it again, with more time or a "
+            "larger --max-requeues"
         )
         return Exit.GAVE_UP
     said = host.again()
     if said is not None:
         say(said)
     return code
+
+
+def _read(run: Run, say: Callable[[str], None]) -> int:
+    try:
+        return run.requeues()
+    except (CkptdError, OSError) as error:
+        say(f"{error}; interruptions without progress are counted anew")
+        return 0
+
+
+def _write(run: Run, count: int, say: Callable[[str], None]) -> None:
+    try:
+        run.write(RequeuesFile(count))
+    except OSError as error:
+        say(f"{run.path / 'requeues.json'} can't be written, this one is not counted: {error}")

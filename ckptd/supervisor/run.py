@@ -19,6 +19,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -27,7 +28,7 @@ import msgspec
 
 from ckptd.errors import CkptdError, JobChangedError, LockedError, UsageError
 from ckptd.host import children, slurm, systemd
-from ckptd.host.disk import RealDisk
+from ckptd.host.disk import Disk, RealDisk
 from ckptd.host.host import Host
 from ckptd.store import fence
 
@@ -155,8 +156,7 @@ class Run:
         Raises:
             FencedError, OSError: see `fence.claim`.
         """
-        where = slurm.node() or os.uname().nodename
-        return fence.claim(RealDisk(), self.path, f"{where} {os.getpid()}\n")
+        return fence.claim(RealDisk(), self.path, _who())
 
     def forget_supervisor(self, own: SupervisorFile) -> None:
         """The supervisor ends in order. What a newer one wrote elsewhere is left alone."""
@@ -279,15 +279,68 @@ def environment_for(job: JobFile, own: Mapping[str, str]) -> tuple[dict[str, str
     )
 
 
-def set_old_aside(run: Run) -> Path | None:
-    """Rename an existing run's directory, for `--fresh`; nothing is deleted."""
-    if not run.path.exists():
-        return None
+def create(run: Run, disk: Disk) -> None:
+    """Make a run's directory and those above it, where they are missing; no power cut loses them.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    parent, fresh = run.path.parent, _fresh(run)
+    names = disk.names(parent)
+    if fresh.name in names and run.path.name not in names:
+        disk.rename(fresh, run.path)  # `set_old_aside` was killed in between
+    _make(disk, run.path)
+    # Always: an earlier launch may have been killed in between.
+    disk.sync_directory(parent)
+
+
+def _make(disk: Disk, path: Path) -> None:
+    with suppress(FileExistsError):
+        try:
+            disk.make_directory(path)
+        except FileNotFoundError:
+            _make(disk, path.parent)
+            disk.make_directory(path)
+        disk.sync_directory(path.parent)
+
+
+def set_old_aside(run: Run, disk: Disk) -> Path:
+    """Put a new, empty directory in the place of a run's, for `--fresh`; nothing is deleted.
+
+    The new one goes on with the numbers of the attempts: an old copy of the job, on a machine that
+    was given up, must not take it for its own.
+
+    Returns:
+        Where the old one is.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    parent, fresh = run.path.parent, _fresh(run)
+    names = disk.names(parent)
+    if fresh.name in names:
+        disk.remove_tree(fresh)
+    disk.make_directory(fresh)
+    fence.carry_over(disk, run.path, fresh, _who())
+    disk.sync_directory(parent)
     number = 1
-    while (old := run.path.with_name(f"{run.path.name}.old-{number}")).exists():
+    while (old := f"{run.path.name}.old-{number}") in names:
         number += 1
-    run.path.rename(old)
-    return old
+    disk.rename(run.path, parent / old)
+    # A power cut must not find the new one alone. Where it finds neither, `create` goes on.
+    disk.sync_directory(parent)
+    disk.rename(fresh, run.path)
+    disk.sync_directory(parent)
+    return parent / old
+
+
+def _fresh(run: Run) -> Path:
+    """Where a new directory is prepared; the name can't be a run's."""
+    return run.path.with_name(f".{run.path.name}.fresh")
+
+
+def _who() -> str:
+    return f"{slurm.node() or os.uname().nodename} {os.getpid()}\n"
 
 
 def still_runs(pid: int, started: float, boot: str) -> bool:
@@ -303,7 +356,14 @@ def boot_id() -> str:
 # ------------------------------------------------------------------ the lock
 
 
-def lock(run: Run, host: Host, *, grace_s: float, say: Callable[[str], None]) -> int:
+def lock(
+    run: Run,
+    host: Host,
+    *,
+    grace_s: float,
+    say: Callable[[str], None],
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
     """Take the run's lock; a worker that outlived its supervisor may flush first.
 
     Args:
@@ -311,6 +371,7 @@ def lock(run: Run, host: Host, *, grace_s: float, say: Callable[[str], None]) ->
         host: what started us: it may have given up the copy that holds the lock.
         grace_s: how long such a worker may take before it is killed.
         say: tells the user.
+        sleep: between two looks; what it raises ends the wait.
 
     Returns:
         The lock's descriptor: the lock is held while any copy of it is open. Not held, but of an
@@ -324,13 +385,25 @@ def lock(run: Run, host: Host, *, grace_s: float, say: Callable[[str], None]) ->
         locked = _try_lock(descriptor)
         given_up = _given_up(run, host)
         if given_up is not None:
-            _replace(run, given_up, descriptor, say)
+            _replace(run, given_up, descriptor, say, sleep)
         elif not locked:
-            _wait_for_orphan(run, descriptor, grace_s, say)
+            _wait_for_orphan(run, descriptor, grace_s, say, sleep)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def is_locked(run: Run) -> bool:
+    """Whether a supervisor, or a worker that outlived one, holds the run's lock."""
+    try:
+        descriptor = os.open(run.path / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _given_up(run: Run, host: Host) -> SupervisorFile | None:
@@ -344,7 +417,13 @@ def _given_up(run: Run, host: Host) -> SupervisorFile | None:
     return holder if holder.job == host.job and holder.restart < host.restart else None
 
 
-def _replace(run: Run, holder: SupervisorFile, descriptor: int, say: Callable[[str], None]) -> None:
+def _replace(
+    run: Run,
+    holder: SupervisorFile,
+    descriptor: int,
+    say: Callable[[str], None],
+    sleep: Callable[[float], None],
+) -> None:
     """Fence the old copy off, and give it some time to notice and to end.
 
     Locks of some network file systems hold on one machine only, so having the lock says nothing.
@@ -362,10 +441,16 @@ def _replace(run: Run, holder: SupervisorFile, descriptor: int, say: Callable[[s
         if time.monotonic() >= until_s:
             say(f"the copy on {where} did not end, or its machine is lost: going on without it")
             return
-        time.sleep(_POLL_S)
+        sleep(_POLL_S)
 
 
-def _wait_for_orphan(run: Run, descriptor: int, grace_s: float, say: Callable[[str], None]) -> None:
+def _wait_for_orphan(
+    run: Run,
+    descriptor: int,
+    grace_s: float,
+    say: Callable[[str], None],
+    sleep: Callable[[float], None],
+) -> None:
     holder = run.supervisor()
     orphaned = holder is not None and holder.alive() is False and holder.boot == boot_id()
     if holder is None or not orphaned:
@@ -381,25 +466,25 @@ def _wait_for_orphan(run: Run, descriptor: int, grace_s: float, say: Callable[[s
         f"the supervisor of this run (process {holder.pid}) was killed; {worker} has up to "
         f"{grace_s:g} s to save itself"
     )
-    if _lock_within(descriptor, grace_s):
+    if _lock_within(descriptor, grace_s, sleep):
         return
     if holder.child is not None:
         say(f"the worker did not end: killing process {holder.child} and its descendants")
         assert holder.child_started is not None, "recorded together with the process id"
         children.kill_orphans(holder.child, holder.child_started)
-    if holder.child is None or not _lock_within(descriptor, grace_s):
+    if holder.child is None or not _lock_within(descriptor, grace_s, sleep):
         raise LockedError(
             f"the run {run.path.name!r} is still locked by a process of its killed supervisor; "
             f"find it with `fuser {run.path / 'lock'}`"
         )
 
 
-def _lock_within(descriptor: int, bound_s: float) -> bool:
+def _lock_within(descriptor: int, bound_s: float, sleep: Callable[[float], None]) -> bool:
     until_s = time.monotonic() + bound_s
     while not _try_lock(descriptor):
         if time.monotonic() >= until_s:
             return False
-        time.sleep(_POLL_S)
+        sleep(_POLL_S)
     return True
 
 

@@ -35,6 +35,10 @@ class Peer:
         """Readable when a message came, or the end."""
         return self._socket.fileno()
 
+    def pid(self) -> int:
+        """The process at the other end; 0: it can't be seen from here."""
+        return sockets.peer_pid(self._socket)
+
     def receive(self) -> tuple[wire.ToSupervisor, list[int]] | None:
         """The next message and the descriptors that ride on it; None: the peer is gone.
 

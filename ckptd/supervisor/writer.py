@@ -9,34 +9,39 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptd import wire
-from ckptd.errors import CkptdError, FencedError
+from ckptd.errors import CkptdError, FencedError, ProtocolError
 from ckptd.host import memory
 from ckptd.host.disk import Disk
+from ckptd.store import manifest as manifests
 from ckptd.store import store
+from ckptd.store.manifest import File
 
 
 @dataclass(frozen=True)
 class Job:
-    """A snapshot to publish; the memfd stays the caller's. `attempt`: whose it is."""
+    """A snapshot to publish; the memfd stays the caller's. `attempt`: whose; `came_s`: when."""
 
     snapshot: wire.Snapshot
+    table: wire.Table
     descriptor: int
     attempt: int
+    came_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Done:
-    """What became of it: durable (`why` None), or not, and why."""
+    """What became of it: durable (`why` None) with these files, or not, and why."""
 
     generation: int
     step: int
     why: str | None = None
     fenced: bool = False
+    files: Mapping[str, File] = field(default_factory=dict)
 
 
 class Writer:
@@ -92,13 +97,13 @@ class Writer:
     def _publish(self, job: Job) -> Done:
         snapshot, attempt = job.snapshot, self._attempt()
         try:
-            publish(self._disk, self._run, snapshot, job.descriptor, attempt, self._wall_s())
+            done = publish(self._disk, self._run, job, attempt, self._wall_s())
         except FencedError as error:
             return Done(snapshot.generation, snapshot.step, str(error), fenced=True)
         except Exception as error:  # noqa: BLE001  # whatever it is, the machine waits for an end
             why = str(error) if isinstance(error, CkptdError | OSError) else repr(error)
             return Done(snapshot.generation, snapshot.step, why)
-        return Done(snapshot.generation, snapshot.step)
+        return Done(snapshot.generation, snapshot.step, files=done.manifest.files)
 
     def _prune(self) -> None:
         try:
@@ -107,22 +112,35 @@ class Writer:
             self._say(f"old checkpoints could not be removed: {error}")
 
 
-def publish(
-    disk: Disk, run: Path, snapshot: wire.Snapshot, descriptor: int, attempt: int, created: float
-) -> store.Checkpoint:
+def is_sound(job: Job, files: Mapping[str, File]) -> bool:
+    """Whether a snapshot in memory is still what was written: a dying process writes anywhere."""
+    try:
+        table = wire.table_in(memory.readable(job.descriptor), job.snapshot.table)
+    except (ProtocolError, OSError, ValueError):
+        return False
+    if table != job.table:
+        return False
+    with memory.pieces(job.descriptor, wire.places(table.files)) as pieces:
+        return all(
+            len(piece) == files[name].length and manifests.sum_of(piece) == files[name].xxh3_128
+            for name, piece in pieces.items()
+        )
+
+
+def publish(disk: Disk, run: Path, job: Job, attempt: int, created: float) -> store.Checkpoint:
     """Publish a snapshot that lies in a memfd, after the outputs that it counts on.
 
     Raises:
         NotDurableError, OSError: the disk refused.
         FencedError: a newer attempt exists.
     """
-    with memory.pieces(descriptor, wire.places(snapshot.files)) as files:
+    with memory.pieces(job.descriptor, wire.places(job.table.files)) as files:
         return store.publish_attempt(
             disk,
             run,
-            step=snapshot.step,
+            step=job.snapshot.step,
             attempt=attempt,
             files=files,
-            outputs=map(Path, snapshot.outputs),
+            outputs=map(Path, job.table.outputs),
             created=created,
         )

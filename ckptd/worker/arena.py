@@ -10,6 +10,8 @@ A snapshot lies in a memfd that the supervisor holds too. Rules:
 4. Where there is not enough for another one, the supervisor is asked to give back what is durable.
    If that does not do, the snapshot goes through a file on the disk, which the kernel may write out
    and drop from memory as it needs to: slower, and nobody is killed for want of memory.
+5. A process that is forked (a loader's worker) has no part in it: nothing that it does to its own
+   memory, right or wrong, can reach a snapshot.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -30,6 +33,14 @@ _KEPT_MAX: Final = 2
 _GIVEN_BACK_WITHIN_S: Final = 2.0
 _POLL_S: Final = 0.05
 _SPARE: Final = 64 << 20  # left to everybody else; what is free is never known to the last byte
+_PROT_NONE: Final = 0
+_FIXED_NOREPLACE: Final = 0x100000  # MAP_FIXED_NOREPLACE: there, or an error
+
+_mmap: Final = ctypes.CDLL(None).mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = [
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+]
 
 
 class Arena:
@@ -51,6 +62,8 @@ class Arena:
             self.descriptor = _reserved(directory, length)
         self.length = length
         self.mapping = mmap.mmap(self.descriptor, length)
+        self.mapping.madvise(mmap.MADV_DONTFORK)
+        _open.add(self)
         # The address stays as long as the mapping; the view that gave it must not, or it could
         # never be closed.
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.mapping))
@@ -59,10 +72,28 @@ class Arena:
 
     def close(self) -> None:
         """Let go of it; who else holds the descriptor keeps its own."""
+        _open.discard(self)
         if self.unpin is not None:
             self.unpin()
         self.mapping.close()
         os.close(self.descriptor)
+
+
+_open: Final[weakref.WeakSet[Arena]] = weakref.WeakSet()
+
+
+def _keep_places_free() -> None:
+    """In a forked child: no memory of its own comes to lie where an arena was.
+
+    The child's copy of the mapping object knows nothing of its mapping's absence. When it goes, so
+    does whatever lies at that address.
+    """
+    for arena in list(_open):
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _FIXED_NOREPLACE
+        _mmap(arena.address, arena.length, _PROT_NONE, flags, -1, 0)
+
+
+os.register_at_fork(after_in_child=_keep_places_free)
 
 
 class Arenas:

@@ -37,6 +37,7 @@ from ckptd.worker.link import Link
 from ckptd.worker.loops import Loops
 from ckptd.worker.moments import Moment, StreamPosition
 from ckptd.worker.outputs import Outputs
+from ckptd.worker.resting import Resting
 from ckptd.worker.snapshot import Layouts, Reader, Writer
 from ckptd.worker.state import Carrier, ObjectCarrier, ParameterNames, Parts, Saved, carrier_for
 from ckptd.worker.tree import Frozen, Json
@@ -190,6 +191,7 @@ class LaunchedJob(Job):
         facts = environment.facts()
         self._arenas = Arenas()
         self._layouts = Layouts()
+        self._resting = Resting()
         hello = wire.Hello(wire.PROTOCOL, os.getpid(), _rank(), _world_size(), facts)
         self._link = Link(address, hello, self._arenas)
         welcome = self._link.welcome
@@ -396,7 +398,7 @@ class LaunchedJob(Job):
                 gc.enable()
 
     def _capture_now(self) -> _Captured:
-        writer = Writer()
+        writer = Writer(self._resting)
         carriers, naming = self._carriers_and_names()
         components: dict[str, Json] = dict(self._carry_on_unclaimed(writer))
         for name, carrier in carriers.items():
@@ -419,8 +421,10 @@ class LaunchedJob(Job):
             "outputs": lengths,
             "values": _shown(self._values),
         }
-        arena, extents = writer.write(document, self._arenas, self._layouts)
-        return _Captured(arena, self._loops.step, extents, list(lengths))
+        self._outputs.durable(self._link.durable)
+        outputs = self._outputs.unsynced()
+        arena, table, place = writer.write(document, outputs, self._arenas, self._layouts)
+        return _Captured(arena, self._loops.step, table.files, table.outputs, place)
 
     def _announce_size(self) -> None:
         """Before the first step: about how much a snapshot will need.
@@ -458,11 +462,12 @@ class LaunchedJob(Job):
         message = wire.Snapshot(
             self._generation,
             captured.step,
-            captured.extents,
-            captured.outputs,
+            captured.table,
             asked,
             time.monotonic() - began_s,
         )
+        if asked:
+            self._outputs.sent(self._generation)
         # Before it is sent: it may be let go of before `send` returns.
         self._arenas.sent(self._generation, captured.arena)
         self._link.send(message, [captured.arena.descriptor])
@@ -486,8 +491,8 @@ class LaunchedJob(Job):
             return Reader.of_memory(self._link.snapshot[0], welcome.memory)
         assert welcome.checkpoint is not None, "one of the two"
         path = Path(welcome.checkpoint)
-        store.verify(RealDisk(), path)
-        return Reader.of_directory(path)
+        manifest = store.verify(RealDisk(), path)
+        return Reader.of_directory(path, manifest.files)
 
     def _begin_resuming(self, reader: Reader) -> None:
         self._reader = reader
@@ -500,6 +505,17 @@ class LaunchedJob(Job):
             self._loops.begin_resuming(reader, document["position"], document["streams"])
             if not isinstance(document["components"], dict):
                 raise TypeError("its components are no object")
+            for name, component in document["components"].items():
+                if component["kind"] == "module":
+                    self._expect_resting(snapshot.file_name(name), component["parts"][""])
+
+    def _expect_resting(self, file: str, entry: dict[str, Json]) -> None:
+        """Where a module's parameters lie: the next checkpoint keeps to it."""
+        apart = snapshot.resting_file(file)
+        resting = {ref[1] for ref in entry["tensors"] if ref[0] == apart}
+        if resting:
+            others = {ref[1] for ref in entry["tensors"]} - resting
+            self._resting.expect(file, resting, others)
 
     def _restore_early(self, carrier: Carrier) -> None:
         """At `track`: what fits is restored; what the script still has to rebuild waits."""
@@ -661,12 +677,16 @@ class _Refusals:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A whole state in memory; the outputs are to be synced before it is published."""
+    """A whole state in memory; the outputs are to be synced before it is published.
+
+    `table` is where both lists are written down in the memory.
+    """
 
     arena: Arena
     step: int
     extents: list[wire.Extent]
     outputs: list[str]
+    table: wire.Place
 
 
 def _publish_alone(run: Path, welcome: wire.Welcome, captured: _Captured) -> None:
@@ -687,7 +707,10 @@ def _publish_alone(run: Path, welcome: wire.Welcome, captured: _Captured) -> Non
             outputs=map(Path, captured.outputs),
             created=time.time(),
         )
-    store.prune(disk, run / "checkpoints", welcome.keep)
+    try:
+        store.prune(disk, run / "checkpoints", welcome.keep)
+    except OSError as error:  # it is durable: what is old can go another time
+        print(f"ckptd: old checkpoints could not be removed: {error}", file=sys.stderr, flush=True)
 
 
 def _entries(writer: Writer, name: str, kind: str, parts: Parts) -> dict[str, Json]:

@@ -18,7 +18,6 @@ import mmap
 import os
 import signal
 import socket
-import struct
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +50,7 @@ class Link:
     Attributes:
         welcome: what the supervisor answered.
         snapshot: the memfd of the snapshot to restore, if it is to be restored from memory.
+        durable: the newest snapshot that was said to be durable; 0: none yet.
 
     Raises:
         CkptdError: nobody listens there, or the supervisor turns this process away.
@@ -78,6 +78,7 @@ class Link:
         self._receipts: dict[int, wire.Durable | wire.NotDurable] = {}
         self._changed = threading.Condition()
         self._orphaned = False
+        self.durable = 0
         threading.Thread(target=self._listen, name="ckptd", daemon=True).start()
 
     @property
@@ -91,10 +92,7 @@ class Link:
 
     def supervisor_pid(self) -> int:
         """The process at the other end; not always our parent: a launcher may stand between."""
-        credentials = self._socket.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
-        )
-        return int(struct.unpack("3i", credentials)[0])
+        return sockets.peer_pid(self._socket)
 
     def receipt(self, generation: int) -> wire.Durable | wire.NotDurable | None:
         """Wait for what became of a snapshot; None: the supervisor died before it said."""
@@ -110,8 +108,9 @@ class Link:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, self._notice)
 
-        if signal.getsignal(stacks.SIGNAL) is signal.SIG_DFL:
-            # For a supervisor that finds that this process hangs; loader workers inherit it.
+        if signal.getsignal(stacks.SIGNAL) in (signal.SIG_DFL, signal.SIG_IGN):
+            # For a supervisor that finds that this process hangs; loader workers inherit it. It is
+            # ignored by what a shell has started with "&".
             faulthandler.register(stacks.SIGNAL, file=_STDERR, all_threads=True)
 
     def drain_output(self) -> None:
@@ -157,6 +156,8 @@ class Link:
             elif isinstance(message, wire.Durable | wire.NotDurable):
                 with self._changed:
                     self._receipts[message.generation] = message
+                    if isinstance(message, wire.Durable):
+                        self.durable = message.generation
                     self._changed.notify_all()
         with self._changed:
             self._orphaned = True

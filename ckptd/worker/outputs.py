@@ -3,15 +3,22 @@
 A checkpoint records how long each file was. On resume the file is cut to that length when it is
 opened (instead of being emptied by mode "w") and once more at the resume point, since the script's
 prologue may have written to it again.
+
+Before a checkpoint is published its outputs are synced. A file that is closed, and that a durable
+checkpoint had synced as it still is, needs no other sync: a script may open one for each step.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from ckptd.errors import MismatchError, UsageError
+
+#: What changes when a file is written to: which one it is, its length, its time.
+_Mark = tuple[int, int, int, int]
 
 
 class Outputs:
@@ -20,6 +27,9 @@ class Outputs:
     def __init__(self) -> None:
         self._files: dict[str, IO[Any]] = {}
         self._saved: dict[str, int] = {}
+        self._closed: dict[str, _Mark] = {}  # as of the last `flush`
+        self._synced: dict[str, _Mark] = {}  # as they were when they were synced
+        self._sent: tuple[int, dict[str, _Mark]] | None = None
 
     def expect(self, lengths: dict[str, int]) -> None:
         """What the checkpoint says: bytes by absolute path."""
@@ -60,17 +70,40 @@ class Outputs:
             opened again yet and of closed ones.
         """
         lengths = dict(self._saved)
-        for name, opened in self._files.items():
-            if not opened.closed:
+        self._closed = {}
+        for name in self.names():
+            opened = self._files.get(name)
+            if opened is not None and not opened.closed:
                 opened.flush()
                 lengths[name] = os.fstat(opened.fileno()).st_size
-            elif Path(name).exists():
-                lengths[name] = Path(name).stat().st_size
+                continue
+            with suppress(OSError):  # it is gone
+                found = os.stat(name)  # noqa: PTH116  # there may be thousands
+                self._closed[name] = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+                if opened is not None:
+                    lengths[name] = found.st_size
         return lengths
 
     def names(self) -> list[str]:
         """The files' absolute paths."""
         return list({**self._saved, **self._files})
+
+    def unsynced(self) -> list[str]:
+        """The files that must be synced before what was just flushed can be counted on."""
+        return [
+            name
+            for name in self.names()
+            if name not in self._closed or self._synced.get(name) != self._closed[name]
+        ]
+
+    def sent(self, generation: int) -> None:
+        """What was just flushed is part of this snapshot, which is to be made durable."""
+        self._sent = generation, self._closed
+
+    def durable(self, generation: int) -> None:
+        """This snapshot is durable; other ones than the last one sent are not counted."""
+        if self._sent is not None and self._sent[0] == generation:
+            self._synced = self._sent[1]
 
     def check(self) -> None:
         """Refuse files that lost what the checkpoint counts on.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +28,7 @@ from ckptd.store import image
 from ckptd.worker import tree
 from ckptd.worker.arena import Arena, Arenas
 from ckptd.worker.copies import Copies
+from ckptd.worker.resting import Resting
 from ckptd.worker.state import Saved
 from ckptd.worker.tree import Frozen, Json
 
@@ -55,12 +56,19 @@ _DTYPES: Final = {
 }
 _BY_NAME: Final = {name: dtype for dtype, name in _DTYPES.items()}
 _ENDING: Final = ".safetensors"
+_SAMPLE: Final = 64
 
 
 class Writer:
-    """Collects captured values and the tensors in them, and lays them out as files."""
+    """Collects captured values and the tensors in them, and lays them out as files.
 
-    def __init__(self) -> None:
+    Args:
+        resting: knows which parameters are written into a file of their own.
+    """
+
+    def __init__(self, resting: Resting) -> None:
+        self._resting = resting
+        self._modules: dict[str, tuple[Frozen, list[list[Json]]]] = {}
         self._files: dict[str, dict[str, torch.Tensor]] = {}
         # By address: the tensors that begin there, and where each is.
         self._placed: dict[int, list[tuple[torch.Tensor, list[Json]]]] = {}
@@ -72,16 +80,16 @@ class Writer:
             file: the file for its tensors, without the ending.
             frozen: the value.
             own: the file must hold all of them under their exact names, also those that another
-                file holds already (a module's state_dict).
+                file holds already (a module's state_dict); what rests is kept apart.
         """
-        path = beside = f"{file}{_ENDING}"
-        if own and len({_is_frozen(tensor) for _, tensor in frozen.tensors}) > 1:
-            # They do not change: in a file of their own they are written once.
-            beside = f"{file}.frozen{_ENDING}"
+        path, beside = f"{file}{_ENDING}", resting_file(file)
+        resting = self._resting.among(file, frozen.tensors) if own else ()
         refs = [
-            self._place(beside if _is_frozen(tensor) else path, name, tensor, own=own)
+            self._place(beside if name in resting else path, name, tensor, own=own)
             for name, tensor in frozen.tensors
         ]
+        if own:
+            self._modules[file] = frozen, refs
         return {"tree": frozen.tree, "tensors": refs}
 
     def _place(self, file: str, name: str, tensor: torch.Tensor, *, own: bool) -> list[Json]:
@@ -106,12 +114,13 @@ class Writer:
         return ref
 
     def write(
-        self, document: dict[str, Json], arenas: Arenas, layouts: Layouts
-    ) -> tuple[Arena, list[wire.Extent]]:
+        self, document: dict[str, Json], outputs: list[str], arenas: Arenas, layouts: Layouts
+    ) -> tuple[Arena, wire.Table, wire.Place]:
         """Lay everything out in a memory that nobody reads.
 
         Returns:
-            The memory, which the caller lets go of, and where in it each file is.
+            The memory, which the caller lets go of, what lies where in it, and where that itself
+            is written down: behind the files.
         """
         text = msgspec.json.encode(document)
         images = {file: layouts.layout(file, tensors) for file, tensors in self._files.items()}
@@ -120,22 +129,51 @@ class Writer:
         for name, length in [(STATE, len(text)), *((f, i.length) for f, i in images.items())]:
             extents.append(wire.Extent(name, end, length))
             end += -(-length // _ALIGNMENT) * _ALIGNMENT
-        arena = arenas.take(end)
+        table = wire.Table(extents, outputs)
+        listed = wire.encode_table(table)
+        place = wire.Place(end, len(listed))
+        arena = arenas.take(end + len(listed))
         try:
             arena.mapping[: len(text)] = text
-            copies = Copies(arena)
-            for extent in extents[1:]:
-                header, tensors = images[extent.name].header, self._files[extent.name]
-                arena.mapping[extent.offset : extent.offset + len(header)] = header
-                for offset, tensor in zip(
-                    images[extent.name].offsets, tensors.values(), strict=True
-                ):
-                    copies.add(extent.offset + offset, tensor)
-            copies.finish()
+            arena.mapping[end : end + len(listed)] = listed
+            with Copies(arena) as copies:
+                for extent in extents[1:]:
+                    header, tensors = images[extent.name].header, self._files[extent.name]
+                    arena.mapping[extent.offset : extent.offset + len(header)] = header
+                    for offset, tensor in zip(
+                        images[extent.name].offsets, tensors.values(), strict=True
+                    ):
+                        copies.add(extent.offset + offset, tensor)
         except BaseException:
             arenas.let_go(arena)
             raise
-        return arena, extents
+        self._show_samples(arena, extents[1:], images)
+        return arena, table, place
+
+    def _show_samples(
+        self, arena: Arena, extents: list[wire.Extent], images: dict[str, image.Image]
+    ) -> None:
+        """A few of the bits that were copied, of the parameters of which they are wanted."""
+        starts = {extent.name: extent.offset for extent in extents}
+        for module, (frozen, refs) in self._modules.items():
+            watched = set(self._resting.watched(module))
+            if not watched:
+                continue
+            offsets = {
+                (file, key): starts[file] + offset
+                for file in {ref[0] for ref in refs}
+                for key, offset in zip(self._files[file], images[file].offsets, strict=True)
+            }
+            samples = {}
+            for (name, tensor), (file, key, *_) in zip(frozen.tensors, refs, strict=True):
+                if name in watched:
+                    begin, length = offsets[file, key], tensor.nbytes
+                    end = begin + length
+                    few = min(length, _SAMPLE)
+                    samples[name] = (
+                        arena.mapping[begin : begin + few] + arena.mapping[end - few : end]
+                    )
+            self._resting.copied(module, samples)
 
 
 class Layouts:
@@ -153,9 +191,9 @@ class Layouts:
         return known[1]
 
 
-def _is_frozen(tensor: torch.Tensor) -> bool:
-    """Whether it is a parameter that is not trained."""
-    return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+def resting_file(file: str) -> str:
+    """Where the parameters of a module lie that rest."""
+    return f"{file}.frozen{_ENDING}"
 
 
 def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
@@ -165,6 +203,8 @@ def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
         and tensor.shape == other.shape
         and tensor.stride() == other.stride()
         and tensor.device == other.device
+        and tensor.is_conj() == other.is_conj()
+        and tensor.is_neg() == other.is_neg()
     )
 
 
@@ -205,17 +245,20 @@ class Reader:
             )
 
     @classmethod
-    def of_directory(cls, path: Path) -> Reader:
-        """A checkpoint on disk; its files are mapped, not read."""
-        files = [one for one in path.iterdir() if one.name == STATE or one.suffix == _ENDING]
-        return cls({one.name: memory.mapped(one) for one in files}, str(path))
+    def of_directory(cls, path: Path, names: Iterable[str]) -> Reader:
+        """A checkpoint on disk: the files that its manifest lists, mapped, not read."""
+        return cls({name: memory.mapped(path / name) for name in names}, str(path))
 
     @classmethod
-    def of_memory(cls, descriptor: int, extents: Sequence[wire.Extent]) -> Reader:
-        """A snapshot in a memfd, which is closed."""
+    def of_memory(cls, descriptor: int, table: wire.Place) -> Reader:
+        """A snapshot in a memfd, which is closed.
+
+        Raises:
+            ProtocolError: there is no table at that place.
+        """
         with os.fdopen(descriptor) as file:
             whole = memory.private(file.fileno())
-        places = wire.places([*extents])
+        places = wire.places(wire.table_in(whole, table).files)
         return cls({name: whole[place] for name, place in places.items()}, "the snapshot")
 
     def tensor(self, ref: list[Json]) -> torch.Tensor:

@@ -29,8 +29,7 @@ class HeavyWorker(fake_worker.Worker):
             wire.Extent("state.json", 0, len(state)),
             wire.Extent("bulk.bin", BULK, BULK),
         ]
-        self.send(wire.Snapshot(self.generation, self.step, files, [], asked), [descriptor])
-        os.close(descriptor)
+        self.send_snapshot(descriptor, files, asked)
 
 
 if __name__ == "__main__":

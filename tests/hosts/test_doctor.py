@@ -12,7 +12,7 @@ import pytest
 from conftest import Workshop
 from launched import fake
 
-from ckptd.host import memory
+from ckptd.host import memory, systemd
 from ckptd.host.disk import RealDisk
 from ckptd.host.host import Plain
 from ckptd.supervisor import doctor
@@ -62,12 +62,13 @@ def test_a_directory_that_cannot_be_written() -> None:
 def test_nobody_starts_it_again(tmp_path: Path) -> None:
     """No service; one that starts only at log-in."""
     jobs = Registry({"XDG_STATE_HOME": str(tmp_path)})
-    (found,) = mended(doctor.of_host(Plain(), jobs, tmp_path))
-    assert "after a reboot" in found
-    unit = tmp_path / ".config/systemd/user/ckptd.service"
-    unit.parent.mkdir(parents=True)
-    unit.touch()
-    assert "lingering" in mended(doctor.of_host(Plain(), jobs, tmp_path))[1]
+    for config in ({"HOME": str(tmp_path)}, {"XDG_CONFIG_HOME": str(tmp_path / "elsewhere")}):
+        units = systemd.user_units(config)
+        (found,) = mended(doctor.of_host(Plain(), jobs, units))
+        assert "after a reboot" in found
+        units.mkdir(parents=True)
+        (units / "ckptd.service").touch()
+        assert "lingering" in mended(doctor.of_host(Plain(), jobs, units))[1]
 
 
 def test_a_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,3 +95,20 @@ def test_the_command(run: Run) -> None:
     assert done.returncode == 1, done.stderr
     assert "mend it: ckptd install-service" in done.stdout
     assert "ok    locks: one copy of a job at a time" in done.stdout
+
+
+def test_it_goes_by_how_the_run_was_launched(workshop: Workshop) -> None:
+    """And not by the defaults."""
+    options = ("--grace", "77", "--keep", "2", "--memory-tier", "off", "--every", "0.01")
+    done = workshop.launch(*fake("--total", "30"), options=options)
+    assert done.returncode == 0, done.stderr
+    words = ["doctor", "--dir", str(workshop.path / "runs"), "job"]
+    told = subprocess.run(
+        [sys.executable, "-m", "ckptd", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    assert "the grace is 77 s" in told
+    assert "2 checkpoints fit" in told
+    assert doctor.launched_with(Run(workshop.path / "runs/job"))["--memory-tier"] == "off"

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import Workshop, wait_until
-from launched import Launched, checkpoints, fake, no_leftovers  # noqa: F401  # for every test here
+from launched import Launched, checkpoints, fake, no_leftovers, python  # noqa: F401  # for every test here
 
 from ckptd.cli.status import look
 from ckptd.host import slurm
@@ -26,25 +29,24 @@ if [ -e fails ]; then
     echo "slurm_load_jobs error: Unable to contact slurm controller" >&2
     exit 1
 fi
-if [ -e waits ]; then
-    rm waits
-    until grep -q '"durable"' ../runs/job/journal.jsonl; do sleep 0.05; done
-    touch durable-meanwhile
-fi
+[ -e hangs-once ] && rm hangs-once && exec sleep 600
 case "$*" in
     *"show job"*) cat job ;;
     "show config") echo "KillWait                = 30 sec" ;;
+    hold*|requeuehold*) if [ -e refuses-to-hold ]; then echo "Access denied" >&2; exit 1; fi ;;
     requeue*) cp --no-clobber ../runs/job/journal.jsonl journal-then ;;
 esac
 """
 LEFT_S = 1000
+STARTED_AT = 1_000_000
 
 
 class Scontrol:
     """The script, and what it is told to answer.
 
     Attributes:
-        path: its directory; a file "hangs", "fails", "refuses-once" or "waits" in it changes it.
+        path: its directory; a file "hangs", "hangs-once", "fails", "refuses-once" or
+            "refuses-to-hold" in it changes it.
     """
 
     def __init__(self, workshop: Workshop) -> None:
@@ -59,7 +61,8 @@ class Scontrol:
         """What it says of the job from now on."""
         end = int(time.time()) + LEFT_S
         fields = {"JobId": "7", "JobState": state, "Reason": "None", "Requeue": "1"}
-        fields |= {"Restarts": "0", "BatchFlag": "1", "EndTime": str(end), "PreemptTime": "1"}
+        fields |= {"Restarts": "0", "BatchFlag": "1", "EndTime": str(end), "PreemptTime": "None"}
+        fields |= {"StartTime": str(STARTED_AT)}
         words = " ".join(f"{key}={value}" for key, value in (fields | more).items())
         (self.path / "new").write_text(words + "\n")
         (self.path / "new").rename(self.path / "job")
@@ -76,10 +79,14 @@ class Scontrol:
 
     def launched(self, workshop: Workshop, *options: str) -> Launched:
         """A job that believes to be job 7 of this Slurm, and runs."""
-        path = f"{self.path}:{os.environ['PATH']}"
-        one = Launched(workshop, *fake(*options), PATH=path, SLURM_JOB_ID="7")
+        one = self.started(workshop, *fake(*options))
         one.wait_for("step 3")
         return one
+
+    def started(self, workshop: Workshop, *argv: str, options: tuple[str, ...] = ()) -> Launched:
+        """The same, from the first instant on."""
+        path = f"{self.path}:{os.environ['PATH']}"
+        return Launched(workshop, *argv, options=options, PATH=path, SLURM_JOB_ID="7")
 
 
 @pytest.fixture
@@ -117,6 +124,87 @@ def test_what_was_cancelled_stays_so(workshop: Workshop, scontrol: Scontrol, sta
     assert checkpoints(workshop)
 
 
+def test_preempted_for_good(workshop: Workshop, scontrol: Scontrol) -> None:
+    """A preemption that cancels (PreemptMode=CANCEL) looks like a user's cancel, but for its time;
+    a time from before this start is an earlier preemption's."""
+    launched = scontrol.launched(workshop)
+    scontrol.says("COMPLETING", PreemptTime=str(STARTED_AT - 1))
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert scontrol.requeues() == 0
+    launched = scontrol.launched(workshop)
+    scontrol.says("COMPLETING", PreemptTime=str(STARTED_AT + 1))
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert scontrol.requeues() == 1
+
+
+def test_a_signal_before_the_job_runs(workshop: Workshop, scontrol: Scontrol) -> None:
+    """While scontrol does not answer: heard all the same, and the job is put back."""
+    scontrol.set("hangs")
+    launched = scontrol.started(workshop, *fake())
+    wait_until((scontrol.path / "calls").exists)
+    launched.signal(signal.SIGUSR1)
+    (scontrol.path / "hangs").unlink()
+    assert launched.ends() == 75, launched.told()
+    assert "stopped (SIGUSR1)" in launched.told()
+    assert scontrol.requeues() == 1
+    assert launched.steps() == []
+
+
+def given_up(workshop: Workshop, scontrol: Scontrol, state: str, **more: str) -> Launched:
+    """A job that is interrupted before it got anywhere, and may not be so even once."""
+    argv = python(
+        "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "print('step 1', flush=True)\nsignal.pause()"
+    )
+    launched = scontrol.started(workshop, *argv, options=("--max-requeues", "0"))
+    launched.wait_for("step 1")
+    scontrol.says(state, **more)
+    assert launched.signal(signal.SIGTERM).ends() == 70, launched.told()
+    assert "gave up: interrupted once before" in launched.told()
+    assert scontrol.requeues() == 0
+    return launched
+
+
+def test_given_up_on(workshop: Workshop, scontrol: Scontrol) -> None:
+    """Slurm does nothing by itself: neither is it asked for anything."""
+    launched = given_up(workshop, scontrol, "RUNNING")
+    assert "the job is not put back into the queue" in launched.told()
+    assert not any("hold" in call for call in scontrol.calls())
+
+
+def test_given_up_on_but_slurm_did_not(workshop: Workshop, scontrol: Scontrol) -> None:
+    """What Slurm has put back by itself, or is about to, is held there, and it is said."""
+    launched = given_up(workshop, scontrol, "COMPLETING", Restarts="1")
+    assert scontrol.calls()[-1] == "hold 7"
+    assert "`scontrol release 7`" in launched.told()
+    assert "not put back" not in launched.told()
+    launched = given_up(workshop, scontrol, "RUNNING", PreemptTime=str(STARTED_AT + 1))
+    assert scontrol.calls()[-1] == "requeuehold 7"
+    assert "`scontrol release 7`" in launched.told()
+
+
+def test_given_up_on_and_not_held(workshop: Workshop, scontrol: Scontrol) -> None:
+    """Then the truth is that Slurm starts it again."""
+    scontrol.set("refuses-to-hold")
+    launched = given_up(workshop, scontrol, "COMPLETING", Restarts="1")
+    assert "Access denied" in launched.told()
+    assert "end it with `scancel 7`" in launched.told()
+
+
+@pytest.mark.parametrize("what", ["damaged", "unwritable"])
+def test_a_count_that_is_lost(workshop: Workshop, scontrol: Scontrol, what: str) -> None:
+    """The cap on requeues is no reason to lose a job that was saved."""
+    launched = scontrol.launched(workshop)
+    count = workshop.path / "runs/job/requeues.json"
+    if what == "damaged":
+        count.write_text('{"without')
+    else:
+        count.mkdir()  # not to be replaced by a file
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert f"{count}" in launched.told()
+    assert scontrol.requeues() == 1
+
+
 def test_a_second_sigterm_is_no_force(workshop: Workshop, scontrol: Scontrol) -> None:
     """Slurm sends two. The worker is in the middle of a step, and gets the time to end it."""
     gate = workshop.path / "gate"
@@ -136,9 +224,11 @@ def test_a_second_sigterm_is_no_force(workshop: Workshop, scontrol: Scontrol) ->
 def test_no_answer_while_it_is_saved(workshop: Workshop, scontrol: Scontrol) -> None:
     """How long is left is asked at a stop; nobody waits for the answer before saving."""
     launched = scontrol.launched(workshop)
-    scontrol.set("waits")
+    scontrol.set("hangs-once")
     assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
-    wait_until((scontrol.path / "durable-meanwhile").exists)
+    assert not (scontrol.path / "hangs-once").exists()
+    at_s = {event["event"]: float(str(event["t"])) for event in workshop.journal()}
+    assert at_s["durable"] - at_s["asked to stop"] < slurm._LOOK_BOUND_S
     assert scontrol.requeues() == 1
 
 
@@ -177,6 +267,49 @@ def test_it_hangs(workshop: Workshop, scontrol: Scontrol, monkeypatch: pytest.Mo
     assert said is not None
     assert "put it back by hand with `scontrol requeue 7`" in said
     assert job.doubts(None)[0][0].startswith("scontrol: scontrol did not answer")
+
+
+def printed(*argv: str) -> subprocess.CompletedProcess[str]:
+    """What `ckptd slurm-script` prints for a command."""
+    return subprocess.run(
+        [sys.executable, "-m", "ckptd", "slurm-script", "--array", "0-9", "--", *argv],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_a_printed_scripts_words(tmp_path: Path) -> None:
+    """As they were given, but Slurm's variables are filled in, wherever in a word they stand."""
+    program = tmp_path / "ckptd"
+    program.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    program.chmod(0o755)
+    hard = 'a\'b "c" \\d `e` $HOME ${HOME} $'
+    words = ("python", "--out=out/$SLURM_ARRAY_TASK_ID", "${SLURM_JOB_ID}x" + hard, hard)
+    done = subprocess.run(
+        ["bash", "-c", printed(*words).stdout],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "7", "SLURM_JOB_ID": "3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    given = done.stdout.partition("\0--\0")[2].split("\0")[:-1]
+    assert given == ["python", "--out=out/7", "3x" + hard, hard]
+
+
+@pytest.mark.parametrize(
+    ("line", "refused"),
+    [
+        ("srun torchrun --nproc-per-node=2 train.py", True),
+        ("srun -n4 python train.py", True),
+        ("python -m torch.distributed.run --nproc_per_node gpu train.py", True),
+        ("srun --ntasks 1 torchrun --nnodes=1 --nproc-per-node 1 train.py -n 4", False),
+        ("python train.py", False),
+    ],
+)
+def test_a_printed_script_of_several_ranks(line: str, refused: bool) -> None:
+    """It is said before it waits in the queue that it will be refused."""
+    assert ("refuse to start" in printed(*line.split()).stderr) == refused
 
 
 def test_what_the_doctor_finds(

@@ -1,8 +1,10 @@
-"""A scenario of the store, every fault in it, and what must hold after each.
+"""Scenarios of the store, every fault in them, and what must hold after each.
 
-The scenario publishes steps 1, 2 and 3 and prunes to two after each; then the newest checkpoint is
-damaged, and the newest sound one is looked for. The ledger notes what the store promised: it knows
-nothing of how the store works.
+A scenario publishes some steps and prunes after each; then the newest checkpoint is damaged, and
+the newest sound one is looked for. In one of them the last step is lower than the one before: the
+job did not go on from that one, which was suspected. In the other one somebody deletes a
+checkpoint from the middle. The ledger notes what the store promised: it knows nothing of how the
+store works.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from ckptd.host.disk import Disk
 from ckptd.store import retention, store
 
 KEEP = 2
-STEPS = (1, 2, 3)
 FOLLOWING = 9
 FAILURES = [(how, code) for how in ("once", "ever") for code in (errno.ENOSPC, errno.EIO)]
 CUTS = [(how, errno.EIO) for how in ("cut", "cut within")]
@@ -37,17 +38,39 @@ def content_of(step: int) -> dict[str, bytes]:
     }
 
 
+@dataclass(frozen=True)
+class Script:
+    """Steps to publish, in order (negative: it is deleted by hand), and how many to keep."""
+
+    acts: tuple[int, ...]
+    keep: int
+
+
+SCRIPTS = (Script((1, 2, 4, 3), keep=KEEP), Script((1, 2, 3, -2, 4), keep=KEEP + 1))
+
+
 @dataclass
 class Ledger:
-    """What was promised: the steps whose publish returned, and the one that was damaged."""
+    """What was asked for, in order, and whether it was promised: its publish returned.
 
-    returned: list[int] = field(default_factory=list)
+    What is higher than a step that was promised later is not listed: it must not be found again.
+    """
+
+    asked: dict[int, bool] = field(default_factory=dict)
     damaged: int | None = None
 
+    def returned(self, step: int) -> None:
+        self.asked = {one: promised for one, promised in self.asked.items() if one < step}
+        self.asked[step] = True
+
     @property
-    def least(self) -> int:
-        """The step that must still be there."""
-        return max((step for step in self.returned if step != self.damaged), default=0)
+    def allowed(self) -> set[int]:
+        """The steps that may be found: the one promised last, and what was asked for after it."""
+        steps = {0}
+        for step, promised in self.asked.items():
+            if step != self.damaged:
+                steps = {step} if promised else {*steps, step}
+        return steps
 
 
 class Checks:
@@ -65,16 +88,14 @@ class Checks:
         self._once(disk.copy(), ledger, f"{fault}, without a power cut")
 
     def _once(self, disk: SimulatedDisk, ledger: Ledger, where: str) -> None:
-        key = (disk.fingerprint(), tuple(ledger.returned), ledger.damaged)
+        key = (disk.fingerprint(), frozenset(ledger.allowed), ledger.damaged)
         if key not in self._seen:
             self._seen.add(key)
             self.everything(disk, ledger, where)
 
     def everything(self, disk: Disk, ledger: Ledger, where: str) -> None:
-        names = disk.names(self.checkpoints)
-        for name in retention.newest_first(names):
-            # What is two older than the damaged one may share a file with it.
-            if ledger.damaged is None or (ledger.damaged - int(name[:9])) % 2:
+        if ledger.damaged is None:  # others than its neighbours may share a file with it
+            for name in retention.newest_first(disk.names(self.checkpoints)):
                 whole(disk, self.checkpoints / name, where)
         newest(disk, self.checkpoints, ledger, where)
         following(disk, self.checkpoints, where)
@@ -89,10 +110,10 @@ def whole(disk: Disk, path: Path, where: str) -> None:
 
 
 def newest(disk: Disk, checkpoints: Path, ledger: Ledger, where: str) -> None:
-    """The newest one is at least what was promised last, and is what was published."""
+    """The newest one is what was promised last or asked for after it, and is as published."""
     found, _ = store.newest(disk, checkpoints)
     step = 0 if found is None else found.step
-    assert step >= ledger.least, f"{where}: {ledger.least} was durable, the newest is {step}"
+    assert step in ledger.allowed, f"{where}: the newest is {step}, not one of {ledger.allowed}"
     if found is not None:
         loaded(disk, found, where)
 
@@ -131,45 +152,52 @@ def publish(disk: Disk, checkpoints: Path, step: int) -> None:
     )
 
 
-def scenario(disk: Disk, checkpoints: Path, ledger: Ledger) -> Iterator[None]:
+def scenario(disk: Disk, checkpoints: Path, ledger: Ledger, script: Script) -> Iterator[None]:
     """Run it; a yield is a moment at which the ledger is right. Failures are lived with."""
-    for step in STEPS:
+    for step in script.acts:
+        if step < 0:
+            ledger.asked[-step] = False
+            disk.lose(checkpoints / retention.name_for(-step, []))
+            yield
+            continue
+        ledger.asked[step] = False
         try:
             publish(disk, checkpoints, step)
         except NotDurableError:
             yield
             continue
-        ledger.returned.append(step)
+        ledger.returned(step)
         yield
         with suppress(OSError):  # as the supervisor does: the next prune tries again
-            store.prune(disk, checkpoints, KEEP)
+            store.prune(disk, checkpoints, script.keep)
         yield
-    damage_newest(disk, checkpoints, ledger)
+    damage_newest(disk, checkpoints, ledger, script.acts[-1])
     yield
     try:
         found, _ = store.newest(disk, checkpoints)
     except OSError:
         yield
         return
-    assert found is None or found.step != ledger.damaged, "a damaged checkpoint was loaded"
-    assert (found.step if found else 0) >= ledger.least, "a sound checkpoint was passed over"
+    step = 0 if found is None else found.step
+    assert step != ledger.damaged, "a damaged checkpoint was loaded"
+    assert step in ledger.allowed, f"{step} was used, not one of {ledger.allowed}"
     yield
 
 
-def damage_newest(disk: Disk, checkpoints: Path, ledger: Ledger) -> None:
-    if ledger.returned and ledger.returned[-1] == STEPS[-1]:
-        ledger.damaged = STEPS[-1]
-        path = checkpoints / retention.name_for(STEPS[-1], [])
+def damage_newest(disk: Disk, checkpoints: Path, ledger: Ledger, step: int) -> None:
+    if ledger.asked[step]:
+        ledger.damaged = step
+        path = checkpoints / retention.name_for(step, [])
         disk.damage(path / "state.json", b"state of 8")  # as long as it was
         disk.damage(path / "model.frozen.safetensors", b"melted" * 7)
 
 
-def with_fault(run: Path, checks: Checks, fault: Fault) -> None:
+def with_fault(run: Path, script: Script, checks: Checks, fault: Fault) -> None:
     """The scenario with one fault; checked whenever the ledger is right, and after the fault."""
     disk = SimulatedDisk(run, fault)
     ledger = Ledger()
     try:
-        for _ in scenario(disk, run / "checkpoints", ledger):
+        for _ in scenario(disk, run / "checkpoints", ledger, script):
             if fault.struck or not fault.at:
                 checks.survivors(disk, ledger, fault)
     except PowerCut:
@@ -177,7 +205,7 @@ def with_fault(run: Path, checks: Checks, fault: Fault) -> None:
 
 
 def enumerate_faults(run: Path, how: str, code: int) -> int:
-    """Operation 1, then 2, 3, … goes wrong, until the scenario runs clean.
+    """Operation 1, then 2, 3, … goes wrong, until the scenario runs clean; so for each scenario.
 
     Returns:
         The number of operations.
@@ -185,11 +213,15 @@ def enumerate_faults(run: Path, how: str, code: int) -> int:
     Raises:
         AssertionError: a promise was broken.
     """
+    return sum(_enumerate(run, script, how, code) for script in SCRIPTS)
+
+
+def _enumerate(run: Path, script: Script, how: str, code: int) -> int:
     checks = Checks(run)
-    with_fault(run, checks, Fault())
+    with_fault(run, script, checks, Fault())
     for n in range(1, OPERATIONS_MAX):
         fault = Fault(n, how, code)
-        with_fault(run, checks, fault)
+        with_fault(run, script, checks, fault)
         if not fault.struck:
             return n - 1
     raise AssertionError(f"the scenario has not ended after {OPERATIONS_MAX} operations")

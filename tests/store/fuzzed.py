@@ -5,10 +5,14 @@
 A case changes one thing in state.json, in a tensor file's header or in the manifest, and writes
 all sums anew. Reading it must end in a ckptd error or in an ordinary value: no other exception, no
 file outside of the checkpoint is opened, no code is executed.
+
+Or it changes the directory: what is there and not listed must not be opened and does no harm; what
+stands in a listed file's place, or leads elsewhere, must be said to be damage.
 """
 
 import copy
 import json
+import os
 import random
 import shutil
 import sys
@@ -20,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ckptd import wire
-from ckptd.errors import CkptdError
+from ckptd.errors import CkptdError, DamagedError
 from ckptd.host import memory
 from ckptd.host.disk import RealDisk
 from ckptd.store import manifest as manifests
@@ -57,12 +61,13 @@ class Link:
     """A link with nobody at the other end."""
 
     orphaned = False
+    durable = 0
     sent = None
     snapshot = ()
 
     def __init__(self, address, hello, arenas):
         path = Path(address) / "checkpoints" / "000000001"
-        checkpoint = str(path) if path.exists() else None
+        checkpoint = str(path) if path.exists() or path.is_symlink() else None
         self.welcome = wire.Welcome("fuzz", address, 1, checkpoint, None, 1)
         self.page = wire.StatusPage(memoryview(bytearray(wire.PAGE_BYTES)))
 
@@ -203,8 +208,90 @@ def manifest_case(path, dice):
         body = json.dumps(changed(sealed["manifest"], dice))
     except RecursionError:
         body = '{"a":' * 100_000
+    sign(path, body)
+
+
+def sign(path, body):
     text = json.dumps({"manifest": 0, "xxh3_128": manifests.sum_of(body.encode())})
     (path / manifests.NAME).write_text(text.replace('"manifest": 0', f'"manifest": {body}', 1))
+
+
+def link_out(path):
+    outside = path.parent.parent / "outside"
+    if path.exists():
+        path.rename(outside)  # the right content, only elsewhere
+    else:
+        outside.write_bytes(b"x")
+    path.symlink_to(outside)
+
+
+def link_to_itself(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.name)
+
+
+def link_to_nothing(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("nothing")
+
+
+def directory(path):
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+STRANGERS = (link_out, link_to_itself, link_to_nothing, directory, pipe)
+
+
+def extra_case(path, dice):
+    """Something that nobody listed; the path of it, which must not be opened."""
+    name = dice.choice(["x.safetensors", ".hidden", "..x", "state.json.safetensors", "a\nb", "é"])
+    dice.choice(STRANGERS)(path / name)
+    return path / name
+
+
+def replaced_case(path, dice):
+    """Something else in the place of a file, or of the manifest."""
+    dice.choice(STRANGERS)(dice.choice(sorted(path.iterdir())))
+
+
+def huge_case(path, dice):
+    """A file that is longer than any disk; of some lengths, as far as this file system can."""
+    victim = dice.choice(sorted(path.iterdir()))
+    for length in (*dice.sample([2**62, 2**63 - 1, 7 << 60], 3), 1 << 43, 1 << 40):
+        try:
+            os.truncate(victim, length)
+        except OSError:
+            continue
+        return
+
+
+def elsewhere_case(path, dice):
+    """A manifest, signed, that lists what lies elsewhere, with its right length and sum."""
+    outside = path.parent.parent / "outside"
+    outside.write_bytes(b"x")
+    sealed = json.loads((path / manifests.NAME).read_text())
+    files = sealed["manifest"]["files"]
+    name = dice.choice(["../../outside", str(outside), "x/../../../outside", "..", ".", "../.."])
+    files[name] = {"length": 1, "xxh3_128": manifests.sum_of(b"x")}
+    if dice.random() < 0.5:
+        del files[dice.choice([one for one in files if one != name])]
+    sign(path, json.dumps(sealed["manifest"]))
+
+
+def loop_case(path, _):
+    """The checkpoint itself is a link that leads nowhere."""
+    shutil.rmtree(path)
+    path.symlink_to(path.name)
+
+
+#: Each must be said to be damage.
+DAMAGES = (replaced_case, replaced_case, huge_case, elsewhere_case, loop_case)
 
 
 def main():
@@ -215,16 +302,18 @@ def main():
     (run / "checkpoints").mkdir(parents=True)
     pause(script(run))
     message, descriptor = Link.sent
-    with memory.pieces(descriptor, wire.places(message.files)) as pieces:
+    table = wire.table_in(memory.readable(descriptor), message.table)
+    with memory.pieces(descriptor, wire.places(table.files)) as pieces:
         files = {name: bytes(piece) for name, piece in pieces.items()}
-    usual, watched, seen = settings.capture(), [None], []
+    usual, watched, strange, seen = settings.capture(), [None], [None], []
 
     def audit(event, arguments):
         if watched[0] is None:
             return
         if event == "open" and not isinstance(arguments[0], int):
             path = str(arguments[0])
-            if not path.startswith((str(watched[0]), "/proc/", sys.prefix, sys.base_prefix)):
+            own = (str(watched[0]), "/proc/", sys.prefix, sys.base_prefix)
+            if not path.startswith(own) or path == str(strange[0]):
                 seen.append(f"opened {path}")
         elif event.startswith(BANNED):
             seen.append(f"{event} {arguments}")
@@ -237,18 +326,27 @@ def main():
         dice = random.Random(f"{seed} {number}")
         run = place / str(number)
         (run / "checkpoints").mkdir(parents=True)
+        path, expected, strange[0] = run / "checkpoints" / "000000001", None, None
+        publish(run, case(files, dice) if number % 10 < 7 else files)
         if number % 10 == 9:
-            publish(run, files)
-            manifest_case(run / "checkpoints" / "000000001", dice)
-        else:
-            publish(run, case(files, dice))
+            manifest_case(path, dice)
+        elif number % 10 == 8:
+            dice.choice(DAMAGES)(path, dice)
+            expected = DamagedError
+        elif number % 10 == 7:
+            strange[0] = extra_case(path, dice)
+            expected = "sound"
         watched[0] = run
         try:
             job = script(run)
             job.restore_everything()
             sound += 1
+            found = "sound"
         except (CkptdError, OSError) as error:
             refused += bool(str(error))
+            found = type(error)
+            if expected not in (None, found) or (expected and str(path) not in str(error)):
+                seen.append(repr(error))
         except Exception as error:
             print(f"case {number} of seed {seed}: {type(error).__name__}: {error}", flush=True)
             raise
@@ -256,6 +354,8 @@ def main():
             watched[0] = None
             settings.restore(usual)
             shutil.rmtree(run)
+        if expected not in (None, found):
+            seen.append(f"{found} instead of {expected}")
         if seen:
             print(f"case {number} of seed {seed}: {seen}", flush=True)
             sys.exit(1)

@@ -19,7 +19,9 @@ import itertools
 import math
 import os
 import random
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from ckptd.host.disk import Content, RealDisk
 
 ALL_UP_TO = 2**10
 CHOSEN = 300
+PIECE = 16
 CONTENT_OPTIONS = 3  # whole, empty, half
 
 
@@ -176,10 +179,10 @@ class SimulatedDisk:
         ending = self._count(path)
         if ending and not self.fault.within:
             raise ending
-        names = list(self._directory(path).entries)
-        if ending:
-            names = names[: len(names) // 2]
-        self._empty(self._directory(path), names)
+        node = self._node(path)
+        if isinstance(node, Directory):
+            names = list(node.entries)
+            self._empty(node, names[: len(names) // 2] if ending else names)
         if ending:
             raise ending
         self._parent(path).change({path.name: None})
@@ -195,9 +198,19 @@ class SimulatedDisk:
         self._begin(path)
         return len(self._regular(path).content)
 
+    def identity(self, path: Path) -> object:
+        self._begin(path)
+        return id(self._node(path))
+
     def read(self, path: Path) -> Content:
         self._begin(path)
         return self._regular(path).content
+
+    def stream(self, path: Path) -> Iterator[memoryview]:
+        self._begin(path)
+        with memoryview(self._regular(path).content) as content:
+            for at in range(0, len(content), PIECE):
+                yield content[at : at + PIECE]
 
     def pieces(self, path: Path, places: Iterable[int], length: int) -> list[bytes]:
         self._begin(path)
@@ -209,6 +222,12 @@ class SimulatedDisk:
     def damage(self, path: Path, content: bytes) -> None:
         """Change a file's content, as a bad sector does."""
         self._file(path).content = content
+
+    def lose(self, path: Path) -> None:
+        """Remove a directory, if it is there, as somebody does who needs the room; not synced."""
+        with suppress(FileNotFoundError):
+            self._directory(path)
+            self._parent(path).change({path.name: None})
 
     def fingerprint(self) -> object:
         """What a reader of the whole disk finds."""
@@ -337,9 +356,17 @@ class FailingRealDisk(RealDisk):
         self._begin(path)
         return super().size(path)
 
+    def identity(self, path: Path) -> object:
+        self._begin(path)
+        return super().identity(path)
+
     def read(self, path: Path) -> Content:
         self._begin(path)
         return super().read(path)
+
+    def stream(self, path: Path) -> Iterator[memoryview]:
+        self._begin(path)
+        yield from super().stream(path)
 
     def pieces(self, path: Path, places: Iterable[int], length: int) -> list[bytes]:
         self._begin(path)
@@ -347,6 +374,9 @@ class FailingRealDisk(RealDisk):
 
     def damage(self, path: Path, content: bytes) -> None:
         path.write_bytes(content)
+
+    def lose(self, path: Path) -> None:
+        shutil.rmtree(path, ignore_errors=True)
 
     def _begin(self, path: Path) -> None:
         if ending := self.fault.due(path):

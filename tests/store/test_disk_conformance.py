@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import mmap
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from simulated import Fault, PowerCut, SimulatedDisk
 
+from ckptd.host import disk as disks
 from ckptd.host.disk import Disk, RealDisk
 
 
@@ -66,6 +68,7 @@ def test_what_is_missing_is_an_error(disk: Disk, tmp_path: Path) -> None:
     path = tmp_path / "none"
     for operation in (
         *(disk.sync, disk.sync_directory, disk.remove, disk.remove_tree, disk.size, disk.read),
+        *(disk.identity, lambda path: list(disk.stream(path))),
         lambda path: disk.rename(path, tmp_path / "other"),
     ):
         with pytest.raises(FileNotFoundError) as caught:
@@ -126,24 +129,82 @@ def test_a_file_replaces_a_file_and_no_directory(disk: Disk, tmp_path: Path) -> 
 
 
 def test_removal(disk: Disk, tmp_path: Path) -> None:
-    """`remove` takes a file and no directory; `remove_tree` a directory and no file."""
+    """`remove` takes a file and no directory; `remove_tree` whatever is there."""
     disk.make_directory(tmp_path / "d")
     disk.make_directory(tmp_path / "d" / "e")
     disk.write(tmp_path / "d" / "e" / "f", b"")
     disk.write(tmp_path / "f", b"")
     with pytest.raises(OSError, match="d"):
         disk.remove(tmp_path / "d")
-    with pytest.raises(NotADirectoryError):
-        disk.remove_tree(tmp_path / "f")
+    disk.write(tmp_path / "g", b"")
+    disk.remove_tree(tmp_path / "g")
     disk.remove_tree(tmp_path / "d")
     disk.remove(tmp_path / "f")
     assert disk.names(tmp_path) == []
 
 
+def test_the_real_disk_removes_links_and_pipes(tmp_path: Path) -> None:
+    """`remove_tree` removes a link or a pipe itself; what a link points to stays."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "f").write_bytes(b"x")
+    for name, target in (("link", "d"), ("dangling", "none"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(target)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "dangling", "loop", "pipe"):
+        RealDisk().remove_tree(tmp_path / name)
+    assert RealDisk().names(tmp_path) == ["d"]
+    assert RealDisk().names(tmp_path / "d") == ["f"]
+
+
+def test_identity(disk: Disk, tmp_path: Path) -> None:
+    """The names of one file have one identity, another file of the same content has another; a
+    renamed file keeps its own."""
+    disk.write(tmp_path / "a", b"x")
+    disk.write(tmp_path / "b", b"x")
+    assert disk.link(tmp_path / "a", tmp_path / "c")
+    own = disk.identity(tmp_path / "a")
+    assert own == disk.identity(tmp_path / "c") != disk.identity(tmp_path / "b")
+    disk.rename(tmp_path / "a", tmp_path / "d")
+    assert disk.identity(tmp_path / "d") == own
+
+
+@pytest.mark.parametrize("length", [0, 1, 16, 17, (1 << 20) - 1, 1 << 20, (3 << 20) + 5])
+def test_a_stream_is_the_content(disk: Disk, tmp_path: Path, length: int) -> None:
+    """The pieces of a stream, one after the other, are what `read` finds."""
+    content = bytes(at >> 12 & 255 for at in range(length))
+    disk.write(tmp_path / "f", content)
+    assert b"".join(map(bytes, disk.stream(tmp_path / "f"))) == content
+
+
+def test_a_stream_on_an_old_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A kernel that does not know how to bring a mapping into memory: the same content."""
+    content = bytes(at >> 12 & 255 for at in range((5 << 20) + 3))
+    RealDisk().write(tmp_path / "f", content)
+    monkeypatch.setattr(disks, "_MADV_POPULATE_READ", 999)
+    assert b"".join(map(bytes, RealDisk().stream(tmp_path / "f"))) == content
+    assert bytes(RealDisk().read(tmp_path / "f")) == content
+
+
+def test_a_stream_that_is_left_lets_go(tmp_path: Path) -> None:
+    """Whoever stops in the middle leaves no descriptor and no mapping behind."""
+    RealDisk().write(tmp_path / "f", bytes(9 << 20))
+
+    def held() -> int:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").count(str(tmp_path))
+        return maps + len(list(Path("/proc/self/fd").iterdir()))
+
+    before = held()
+    for piece in RealDisk().stream(tmp_path / "f"):
+        assert len(piece) < 9 << 20
+        break
+    gc.collect()
+    assert held() == before
+
+
 def test_only_regular_files_are_read(disk: Disk, tmp_path: Path) -> None:
-    """A directory is no file: not for `size`, not for `read`."""
+    """A directory is no file: not for `size`, not for `read`, not for `stream`."""
     disk.make_directory(tmp_path / "d")
-    for operation in (disk.size, disk.read):
+    for operation in (disk.size, disk.read, lambda path: list(disk.stream(path))):
         with pytest.raises(OSError, match="not a regular file"):
             operation(tmp_path / "d")
 
@@ -156,7 +217,7 @@ def test_the_real_disk_follows_no_link_and_opens_no_pipe(tmp_path: Path) -> None
     (tmp_path / "dangling").symlink_to(tmp_path / "none")
     os.mkfifo(tmp_path / "pipe")
     for name in ("link", "pipe"):
-        for operation in (disk.size, disk.read):
+        for operation in (disk.size, disk.read, lambda path: list(disk.stream(path))):
             with pytest.raises(OSError, match=r"."):
                 operation(tmp_path / name)
     with pytest.raises(FileExistsError):
@@ -273,15 +334,38 @@ def test_small_content_is_not_direct(direct_writes: list[int], tmp_path: Path) -
     assert not direct_writes
 
 
+REFUSALS = [errno.EINVAL, errno.EOPNOTSUPP]
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_refused_at_once(
+    memory: mmap.mmap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+) -> None:
+    """A file system that opens no file for direct writes gets every byte."""
+    opened = os.open
+
+    def refuses(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(code, "refused")
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuses)
+    with memoryview(memory)[: 2 << 20] as content:
+        RealDisk().write(tmp_path / "large", content)
+        assert (tmp_path / "large").read_bytes() == content
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["first", "later"])
+@pytest.mark.parametrize("code", REFUSALS)
 def test_refused_in_the_middle(
-    memory: mmap.mmap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    memory: mmap.mmap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int, first: int
 ) -> None:
     """A file system that refuses direct writes late still gets every byte."""
     pwrite = os.pwrite
 
     def refuses(descriptor: int, content: memoryview, offset: int) -> int:
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT and offset:
-            raise OSError(errno.EINVAL, "refused")
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT and offset >= first:
+            raise OSError(code, "refused")
         return pwrite(descriptor, content, offset)
 
     monkeypatch.setattr(os, "pwrite", refuses)

@@ -11,8 +11,10 @@ from enumeration import (
     CUTS,
     FAILURES,
     OPERATIONS_MAX,
+    SCRIPTS,
     Checks,
     Ledger,
+    Script,
     enumerate_faults,
     scenario,
 )
@@ -30,14 +32,15 @@ def test_no_fault_loses_what_was_promised(how: str, code: int) -> None:
 
 # One error each: the store tells no errno from another, and a real fsync takes its time.
 @pytest.mark.parametrize(("how", "code"), [("once", errno.ENOSPC), ("ever", errno.EIO)])
-def test_failures_on_the_real_disk(tmp_path: Path, how: str, code: int) -> None:
+@pytest.mark.parametrize("script", SCRIPTS, ids=["lower", "deleted"])
+def test_failures_on_the_real_disk(tmp_path: Path, how: str, code: int, script: Script) -> None:
     """The same failures, without power cuts, on the operating system's file system."""
     checks = Checks(Path("/unused"))
     for n in range(1, OPERATIONS_MAX):
         run = tmp_path / str(n)
         run.mkdir()
         fault, ledger = Fault(n, how, code), Ledger()
-        for _ in scenario(FailingRealDisk(fault), run / "checkpoints", ledger):
+        for _ in scenario(FailingRealDisk(fault), run / "checkpoints", ledger, script):
             pass
         checks.checkpoints = run / "checkpoints"
         checks.everything(RealDisk(), ledger, str(fault))

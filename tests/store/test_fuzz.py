@@ -5,6 +5,7 @@ CKPTD_EXAMPLES=n tries n times as many. A failing case prints its number and its
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -97,9 +98,19 @@ def number_edited(files: Content, name: str, dice: random.Random, _: Content) ->
     files[manifests.NAME] = text[:at] + b"%d" % dice.randrange(10) + text[at + 1 :]
 
 
+def led_elsewhere(files: Content, name: str, dice: random.Random, _: Content) -> None:
+    """The manifest, signed anew, lists a file of the other checkpoint, or no path at all."""
+    body = json.loads(files[manifests.NAME])["manifest"]
+    led = dice.choice([f"../000000001/{name}", f"/run/checkpoints/000000001/{name}", "..", "."])
+    body["files"][led] = body["files"].pop(dice.choice(sorted(body["files"])))
+    text = json.dumps(body)
+    seal = manifests.sum_of(text.encode())
+    files[manifests.NAME] = f'{{"manifest":{text},"xxh3_128":"{seal}"}}'.encode()
+
+
 DAMAGES: tuple[Callable[[Content, str, random.Random, Content], None], ...] = (
     *(bit, bit, burst, zeros, truncated, longer, swapped),
-    *(of_another_checkpoint, gone, number_edited),
+    *(of_another_checkpoint, gone, number_edited, led_elsewhere),
 )
 
 
@@ -155,12 +166,17 @@ def odd_things(path: Path) -> dict[str, Callable[[], None]]:
         victim.unlink()
         victim.symlink_to("/dev/zero")
 
-    return {"linked": linked, "directory": directory, "pipe": pipe, "device": device}
+    def loop() -> None:
+        victim.unlink()
+        victim.symlink_to(victim.name)
+
+    return {"linked": linked, "directory": directory, "pipe": pipe, "device": device, "loop": loop}
 
 
-@pytest.mark.parametrize("name", ["linked", "directory", "pipe", "device"])
+@pytest.mark.parametrize("name", ["linked", "directory", "pipe", "device", "loop"])
 def test_what_is_no_file(tmp_path: Path, name: str) -> None:
-    """A link to the right content, a directory, a pipe and a device are no checkpoint's files."""
+    """A link to the right content, a directory, a pipe and a device are no checkpoint's files: that
+    is damage, and not a disk that can't be read."""
     from ckptd.host.disk import RealDisk
 
     done = store.publish(
@@ -174,7 +190,7 @@ def test_what_is_no_file(tmp_path: Path, name: str) -> None:
         fence=lambda: None,
     )
     odd_things(done.path)[name]()
-    with pytest.raises((DamagedError, OSError), match=r"model\.safetensors"):
+    with pytest.raises(DamagedError, match=r"model\.safetensors"):
         store.verify(RealDisk(), done.path)
 
 

@@ -135,6 +135,36 @@ def drop_not_synced(patch: Patch) -> None:
     patch.setattr(store, "prune", prune)
 
 
+def not_superseded(patch: Patch) -> None:
+    """What is higher than the step that was published stays the newest."""
+    patch.setattr(store, "_supersede", lambda *_: None)
+
+
+def superseded_not_synced(patch: Patch) -> None:
+    """A power cut brings back what the job did not go on from, after the receipt."""
+    real = store._supersede
+
+    def supersede(disk, checkpoints, newer):
+        with patch.context() as within:
+            within.setattr(SimulatedDisk, "sync_directory", lambda *_: None)
+            real(disk, checkpoints, newer)
+
+    patch.setattr(store, "_supersede", supersede)
+
+
+def superseded_before_published(patch: Patch) -> None:
+    """What is higher is put aside first: until the new one is there, something older is found."""
+    real, supersede = store._publish, store._supersede
+    patch.setattr(store, "_supersede", lambda *_: None)
+
+    def publish(disk, temporary, target, *rest):
+        newer, _ = retention.split(target.name, disk.names(target.parent))
+        supersede(disk, target.parent, newer)
+        return real(disk, temporary, target, *rest)
+
+    patch.setattr(store, "_publish", publish)
+
+
 def newest_ones_dropped(patch: Patch) -> None:
     patch.setattr(
         retention, "to_drop", lambda names, keep: retention.newest_first(names)[:-1][:keep]
@@ -176,23 +206,19 @@ def leftovers_not_removed(patch: Patch) -> None:
 
 
 def shared_with_the_neighbour(patch: Patch) -> None:
-    """An unchanged file gets its second name from the newest checkpoint."""
-    real = retention.newest_first
+    """An unchanged file gets its second name from the next older checkpoint."""
+    real = store._earlier
+    patch.setattr(store, "_shared", lambda *_: False)
     patch.setattr(
         store,
         "_earlier",
-        lambda disk, checkpoints, names: (
-            earlier(disk, checkpoints / real(names)[0]) if real(names) else None
-        ),
+        lambda disk, checkpoints, newer, older: real(disk, checkpoints, newer, ["", *older]),
     )
 
 
-def earlier(disk: SimulatedDisk, path: Path) -> store.Checkpoint | None:
-    try:
-        content = bytes(disk.read(path / manifests.NAME))
-    except OSError:
-        return None
-    return store.Checkpoint(path, manifests.decode(content, str(path)))
+def neighbours_not_compared(patch: Patch) -> None:
+    """That the second next older checkpoint shares with no neighbour is taken for granted."""
+    patch.setattr(store, "_shared", lambda *_: False)
 
 
 BUGS = [
@@ -211,7 +237,11 @@ BUGS = [
     verified_without_sums,
     failures_swallowed,
     leftovers_not_removed,
+    not_superseded,
+    superseded_not_synced,
+    superseded_before_published,
     shared_with_the_neighbour,
+    neighbours_not_compared,
 ]
 
 

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -75,19 +77,39 @@ def test_nothing_published_is_nothing_found(checkpoints: Path) -> None:
 def test_any_buffer_is_published(checkpoints: Path) -> None:
     """Lengths are in bytes, also for a view of wider elements."""
     wide = memoryview(bytes(range(64))).cast("d")
-    found = publish(checkpoints, 1, files={"wide": wide, "array": bytearray(b"abc")})
+    found = publish(checkpoints, 1, files={**FILES, "wide": wide, "array": bytearray(b"abc")})
     assert found.manifest.files["wide"].length == 64
     assert store.verify(DISK, found.path) == found.manifest
 
 
 def test_one_step_published_twice(checkpoints: Path) -> None:
     """Checkpoints of one step are called ".1", ".2" …; the last one is the newest."""
-    names = [publish(checkpoints, 5, files={"n": b"%d" % i}).path.name for i in range(12)]
+    names = [publish(checkpoints, 5, files={**FILES, "n": b"%d" % i}).path.name for i in range(12)]
     assert names == ["000000005", *(f"000000005.{i}" for i in range(1, 12))]
     found, _ = store.newest(DISK, checkpoints)
     assert DISK.read(found.path / "n")[:] == b"11"
     publish(checkpoints, 6)
     assert store.newest(DISK, checkpoints)[0].step == 6
+
+
+def test_a_lower_step_supersedes_the_higher_ones(checkpoints: Path) -> None:
+    """A job that went on from 200 publishes 250: 250 is the newest, 300 and 400 are kept under
+    another name, listed, and in nobody's way; they are not pruned."""
+    for step in (200, 300, 300, 400):
+        publish(checkpoints, step)
+    made = publish(checkpoints, 250)
+    assert store.newest(DISK, checkpoints) == (made, [])
+    aside = [f"000000{name}.superseded" for name in ("300.1", "300", "400")]
+    assert DISK.names(checkpoints) == ["000000200", "000000250", *sorted(aside)]
+    assert store.prune(DISK, checkpoints, keep=1) == ["000000200"]
+    assert publish(checkpoints, 300).path.name == "000000300"
+    assert publish(checkpoints, 260).path.name == "000000260"
+    rows = store.listing(DISK, checkpoints)
+    assert [row.path.name for row in rows] == [
+        *("000000260", "000000250"),
+        *sorted([*aside, "000000300.superseded-2"]),
+    ]
+    assert {row.state for row in rows[2:]} == {"set aside: superseded"}
 
 
 def test_a_leftover_of_the_same_name_is_no_obstacle(checkpoints: Path) -> None:
@@ -128,9 +150,11 @@ def test_a_refusal_is_not_durable(tmp_path: Path, at: int) -> None:
 def test_a_name_that_no_manifest_may_list_is_refused(checkpoints: Path) -> None:
     """A file called as the manifest is never published."""
     with pytest.raises((ValueError, NotDurableError)):
-        publish(checkpoints, 1, files={manifest.NAME: b""})
+        publish(checkpoints, 1, files={**FILES, manifest.NAME: b""})
     with pytest.raises(ValueError, match="can't be a file"):
-        publish(checkpoints, 1, files={".hidden": b""})
+        publish(checkpoints, 1, files={**FILES, ".hidden": b""})
+    with pytest.raises(ValueError, match=r"has state\.json"):
+        publish(checkpoints, 1, files={"model.safetensors": b""})
     assert DISK.names(checkpoints) == []
 
 
@@ -156,6 +180,21 @@ def test_prune_never_drops_the_newest(checkpoints: Path, keep: int) -> None:
     publish(checkpoints, 2)
     store.prune(DISK, checkpoints, keep)
     assert DISK.names(checkpoints) == ["000000002"]
+
+
+def test_prune_removes_whatever_has_a_temporary_name(checkpoints: Path) -> None:
+    """A stray file or link of a temporary name goes, and so does an old checkpoint that is a link;
+    where the link points to nothing is touched."""
+    moved = checkpoints.parent / "moved"
+    publish(checkpoints, 1).path.rename(moved)
+    (checkpoints / "000000001").symlink_to(moved)
+    publish(checkpoints, 2)
+    (checkpoints / ".tmp-file").write_bytes(b"x")
+    (checkpoints / ".tmp-link").symlink_to(moved)
+    (checkpoints / ".drop-dangling").symlink_to("none")
+    assert store.prune(DISK, checkpoints, keep=1) == ["000000001"]
+    assert DISK.names(checkpoints) == ["000000002"]
+    assert DISK.names(moved) == sorted([*FILES, manifest.NAME])
 
 
 def test_names_order_by_number() -> None:
@@ -250,6 +289,25 @@ def a_dangling_link_in_its_place(path: Path) -> str:
     return path.name
 
 
+def a_link_to_itself_in_its_place(path: Path) -> str:
+    shutil.rmtree(path)
+    path.symlink_to(path.name)
+    return path.name
+
+
+def huge(name: str) -> Callable[[Path], str]:
+    """A file of as many bytes as the file system can do; nearly none of them are on the disk."""
+
+    def damage(path: Path) -> str:
+        for length in (7 << 60, 1 << 43, 1 << 40):
+            with suppress(OSError):
+                os.truncate(path / name, length)
+                return f"{name}: {length} bytes, expected"
+        raise AssertionError("no large file can be made here")
+
+    return damage
+
+
 def length_of(value: object) -> Callable[[dict], object]:
     return lambda body: body["files"]["state.json"].update(length=value)
 
@@ -268,6 +326,14 @@ DAMAGES = {
     "resealed step": renamed_to_another_step,
     "file for directory": a_file_in_its_place,
     "dangling link for directory": a_dangling_link_in_its_place,
+    "link to itself for directory": a_link_to_itself_in_its_place,
+    **{
+        f"link to itself for {name}": replace(name, lambda at, outside: at.symlink_to(at.name))
+        for name in EVERY
+    },
+    **{f"huge {name}": huge(name) for name in EVERY},
+    "no state listed": edit(lambda body: body["files"].pop("state.json"), "state.json"),
+    "no files listed": edit(lambda body: body.update(files={}), "state.json"),
     "parent's file": listed("../outside"),
     "absolute file": listed("/etc/passwd"),
     "dots": listed(".."),
@@ -409,8 +475,37 @@ def test_listing(checkpoints: Path) -> None:
 
 def test_manifests_come_back(checkpoints: Path) -> None:
     """What `encode` writes `decode` reads."""
-    made = manifest.Manifest(1, 5, 6, 1e9, {"a": manifest.File(3, "0" * 32)})
+    files = {name: manifest.File(3, "0" * 32) for name in ("a", manifest.STATE)}
+    made = manifest.Manifest(1, 5, 6, 1e9, files)
     assert manifest.decode(manifest.encode(made), "m") == made
+
+
+def test_the_longest_manifest_is_read(checkpoints: Path) -> None:
+    """As many files as there may be, of the longest names, lengths and sums, fit in the bound;
+    one more is neither written nor read."""
+    file = manifest.File(2**60, "0" * 32)
+    files = {f"{number:0200d}": file for number in range(99_999)} | {manifest.STATE: file}
+    longest = manifest.Manifest(1, 10**18 - 1, 10**18 - 1, 1.7976931348623157e308, files)
+    content = manifest.encode(longest)
+    assert 0.9 * manifest.BYTES_MAX < len(content) <= manifest.BYTES_MAX < 32 << 20
+    assert manifest.decode(content, "m") == longest
+    with pytest.raises(ValueError, match="at most 100000 files"):
+        manifest.encode(msgspec.structs.replace(longest, files={**files, "more": file}))
+
+
+def test_verifying_takes_little_memory(checkpoints: Path) -> None:
+    """However long a file is, no more than some MiB of it are in this process at once."""
+    path = publish(checkpoints, 1, files={**FILES, "large": bytes(64 << 20)}).path
+    code = (
+        "import resource, sys; from pathlib import Path; from ckptd.host.disk import RealDisk;"
+        "from ckptd.store import store; rss = lambda: "
+        "int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]);"
+        "before = rss(); store.verify(RealDisk(), Path(sys.argv[1])); print(rss() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 8 << 10, f"{done.stdout} KiB more"
 
 
 # The fence.
@@ -433,6 +528,20 @@ def test_an_older_attempt_publishes_nothing(tmp_path: Path) -> None:
         publish(checkpoints, 2, fence=lambda: fence.check(DISK, tmp_path, old))
     assert DISK.names(checkpoints) == ["000000001"]
     assert store.newest(DISK, checkpoints) == (kept, [])
+
+
+def test_an_attempt_of_a_run_that_was_replaced_is_none(tmp_path: Path) -> None:
+    """The numbers were counted anew, and are lower: what is not among them publishes nothing."""
+    fence.claim(DISK, tmp_path, "new")
+    with pytest.raises(FencedError, match=r"attempt 7 .*attempt 1"):
+        fence.check(DISK, tmp_path, 7)
+
+
+def test_numbers_that_were_removed_fence_nobody_off(tmp_path: Path) -> None:
+    """No directory of attempts, an empty one, and one of other files say nothing of a new copy."""
+    for make in (lambda: None, (tmp_path / "attempts").mkdir, (tmp_path / "attempts/x").touch):
+        make()
+        fence.check(DISK, tmp_path, 7)
 
 
 def test_the_fence_is_asked_last(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class CountingDisk(RealDisk):
 
 def publish(checkpoints: Path, step: int, disk: RealDisk | None = None, **files: bytes) -> Path:
     """Publish a state of which one file never changes."""
-    content = {"frozen": FROZEN, "trained": b"%d" % step * 100, **files}
+    content = {"state.json": b"{}", "frozen": FROZEN, "trained": b"%d" % step * 100, **files}
     done = store.publish(
         disk or RealDisk(),
         checkpoints,
@@ -68,6 +68,36 @@ def test_any_checkpoint_may_be_deleted(tmp_path: Path) -> None:
         shutil.rmtree(paths.pop(gone))
         for path in paths:
             store.verify(RealDisk(), path)
+
+
+@pytest.mark.parametrize("gone", [1, 2, 3, 4])
+def test_neighbours_share_nothing_after_a_deletion(tmp_path: Path, gone: int) -> None:
+    """Whichever was deleted, what is published afterwards shares no file with the one before it."""
+    paths = [publish(tmp_path / "c", step) for step in range(5)]
+    shutil.rmtree(paths.pop(gone))
+    paths += [publish(tmp_path / "c", step) for step in (5, 6, 7)]
+    for older, newer in itertools.pairwise(paths[3:]):
+        assert inode(older) != inode(newer)
+
+
+def test_one_flipped_bit_after_a_deletion(tmp_path: Path) -> None:
+    """One of three was deleted by hand: one bit still costs no more than one checkpoint and those
+    that share with it, and the next older one is used."""
+    paths = [publish(tmp_path / "c", step) for step in (1, 2, 3)]
+    shutil.rmtree(paths[1])
+    paths += [publish(tmp_path / "c", step) for step in (4, 5)]
+    damaged = bytearray(FROZEN)
+    damaged[70_001] ^= 4
+    (paths[-1] / "frozen").write_bytes(damaged)
+    found, set_aside = store.newest(RealDisk(), tmp_path / "c")
+    assert found is not None
+    assert (found.step, len(set_aside)) == (4, 1)
+
+
+def test_a_lower_step_shares_with_no_neighbour(tmp_path: Path) -> None:
+    """What is published between two others shares a file with neither."""
+    inodes = {step: inode(publish(tmp_path / "c", step)) for step in (10, 20, 30, 40, 35)}
+    assert inodes[35] not in (inodes[30], inodes[40])
 
 
 def test_damage_is_not_handed_on(tmp_path: Path) -> None:

@@ -35,11 +35,15 @@ class Worker:
         self.answered = 0
         self.step = 0
         if self.welcome.memory is not None:
-            (place,) = wire.places(self.welcome.memory).values()
-            self.step = json.loads(os.pread(self.kept[2], 1 << 16, 0)[place])["step"]
+            content = memoryview(os.pread(self.kept[2], 1 << 16, 0))
+            (place,) = wire.places(wire.table_in(content, self.welcome.memory).files).values()
+            self.step = json.loads(bytes(content[place]))["step"]
             self.send(wire.Restored(self.step, 0.0))
             print("from memory", self.step, flush=True)
         elif self.welcome.checkpoint is not None:
+            if options.doubts is not None and self.welcome.checkpoint.endswith(options.doubts):
+                self.send(wire.Refused("DamagedError", "its tensors can't be read"))
+                sys.exit(1)
             state = json.loads(Path(self.welcome.checkpoint, "state.json").read_text())
             self.step = state["step"]
             self.send(wire.Restored(self.step, 0.0))
@@ -53,9 +57,20 @@ class Worker:
         descriptor = os.memfd_create("state")
         os.write(descriptor, state)
         self.generation += 1
-        files = [wire.Extent("state.json", 0, len(state))]
-        self.send(wire.Snapshot(self.generation, self.step, files, [], asked), [descriptor])
-        os.close(descriptor)
+        self.send_snapshot(descriptor, [wire.Extent("state.json", 0, len(state))], asked)
+
+    def send_snapshot(self, descriptor, files, asked):
+        table = wire.encode_table(wire.Table(files, []))
+        if self.options.garble == self.step:
+            table = table[:-3]
+        end = os.fstat(descriptor).st_size
+        os.pwrite(descriptor, table, end)
+        place = wire.Place(end, len(table))
+        self.send(wire.Snapshot(self.generation, self.step, place, asked), [descriptor])
+        if self.options.scribble:
+            self.scribbled = descriptor
+        else:
+            os.close(descriptor)
 
     def safe_point(self):
         word = self.page.words[wire.WORD_REQUEST]
@@ -81,6 +96,8 @@ class Worker:
         print("receipt", type(receipt).__name__, flush=True)
         while self.options.stay:
             time.sleep(60)
+        while self.options.linger and not self.options.linger.exists():
+            time.sleep(STEP_S)
         self.send(wire.Bye(finished=False))
         sys.exit(75 if isinstance(receipt, wire.Durable) else 74)
 
@@ -89,6 +106,8 @@ class Worker:
         until = self.step + self.options.life if first_life else FOREVER
         while self.step < self.options.total:
             if self.step == until:
+                if self.options.scribble:
+                    os.pwrite(self.scribbled, b"#", 3)
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(self.options.pace)
             self.step += 1
@@ -120,7 +139,11 @@ def main():
     parser.add_argument("--stay", action="store_true", help="do not end after the receipt")
     parser.add_argument("--mute", action="store_true", help="finish without saying so")
     parser.add_argument("--refuse", help="say that starting again would not help")
+    parser.add_argument("--doubts", help="say that the checkpoint of this name is damaged")
+    parser.add_argument("--linger", type=Path, help="after the receipt, wait for this file")
+    parser.add_argument("--garble", type=int, help="no one can read the table of this step's state")
     parser.add_argument("--noise", type=int, help="characters to print after each step")
+    parser.add_argument("--scribble", action="store_true", help="into the last state, dying")
     parser.add_argument("--say", help="something for the user")
     options = parser.parse_args()
     # Signals to the worker's own process mean nothing to it: it is asked through the page.

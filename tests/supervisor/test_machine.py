@@ -6,11 +6,14 @@ import itertools
 import math
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from ckptd.supervisor import machine as m
 from ckptd.supervisor.policy import (
     HOLD_S_MIN,
+    WRITE_RATE,
+    WRITE_S_MAX,
     Exit,
     Policy,
     at_stake,
@@ -35,12 +38,13 @@ PHASES = (
     m.Inspecting(NOW + 20, FAILED),
     m.Leaving(NOW + 30, STOPPED),
     m.Ending(NOW + 10, FAILED),
-    m.Saving(NOW + 30, FAILED),
+    m.Saving(math.inf, FAILED),
+    m.Saving(NOW + 30, STOPPED),
     m.Ended(0),
 )
 FACTS = (
     m.Spawned(),
-    m.SetAside(5, 1),
+    m.Found(5, 1),
     m.SpawnFailed("no such file"),
     m.WorkerAttached(),
     m.WorkerDetached(),
@@ -80,6 +84,15 @@ def after(state: m.State, *facts: m.Fact, now_s: float = NOW) -> tuple[m.State, 
         state, more = m.step(state, fact, now_s)
         actions += more
     return state, actions
+
+
+def replace_policy(**changes: object) -> Policy:
+    return msgspec.structs.replace(POLICY, **changes)
+
+
+def given(state: m.State) -> m.State:
+    """The same, with a grace that the user has chosen."""
+    return replace(state, policy=replace_policy(grace_given=True))
 
 
 def ended(actions: list[m.Action]) -> list[int]:
@@ -194,7 +207,7 @@ def test_the_grace_ends_before_a_safe_point() -> None:
 def test_a_write_is_begun_in_time_for_the_deadline() -> None:
     """The newest state in memory gets twice the time that a write takes, whatever is waited for."""
     first = m.Signalled(m.USR2), m.SnapshotCame(1, 30, 2), m.Published(1, 30, 4.0)
-    state, _ = after(at(m.Attached(NOW + 300)), *first)
+    state, _ = after(given(at(m.Attached(NOW + 300))), *first)
     state, _ = after(state, m.SnapshotCame(2, 40, 0), m.Signalled(m.TERM))
     assert m.deadline(state) == NOW + 30 - 2 * 4.0
     state, actions = m.step(state, m.Ticked(55), NOW + 22)
@@ -207,11 +220,77 @@ def test_a_write_is_begun_in_time_for_the_deadline() -> None:
 def test_a_safe_point_is_waited_for_where_nothing_is_held() -> None:
     """What is durable already needs no time of its own, and an answer is written to its end."""
     first = m.Signalled(m.USR2), m.SnapshotCame(1, 30, 2), m.Published(1, 30, 4.0)
-    state, _ = after(at(m.Attached(NOW + 300)), *first)
+    state, _ = after(given(at(m.Attached(NOW + 300))), *first)
     durable, _ = after(state, m.Signalled(m.TERM))
     assert m.deadline(durable) == NOW + 30
     answered, _ = after(durable, m.SnapshotCame(2, 40, 3))
     assert m.deadline(answered) == NOW + 30
+
+
+def test_before_anything_was_written_its_time_is_guessed() -> None:
+    """From the size, and never more than half of what there is: a safe point may come."""
+    started = m.Sized(30 * int(WRITE_RATE)), m.SnapshotCame(1, 40, 0)
+    state, _ = after(at(m.Attached(NOW + 300)), *started, m.Signalled(m.TERM))
+    state, _ = after(state, m.HostLimited(105.0))
+    assert m.deadline(state) == NOW + 100 - 50
+    small = m.Sized(3 * int(WRITE_RATE)), m.SnapshotCame(1, 40, 0)
+    state, _ = after(at(m.Attached(NOW + 300)), *small, m.Signalled(m.TERM), m.HostLimited(105.0))
+    assert m.deadline(state) == NOW + 100 - 2 * 3
+
+
+def test_a_write_that_nobody_limits_is_waited_for() -> None:
+    """At a stop, when the state is in memory: neither the user nor the host gave a time."""
+    state, _ = after(at(m.Attached(NOW + 300)), m.Signalled(m.TERM), m.SnapshotCame(1, 40, 2))
+    assert m.deadline(state) == NOW + WRITE_S_MAX
+    limited, _ = after(state, m.HostLimited(50.0))
+    assert m.deadline(limited) == NOW + 45
+    strict, _ = after(given(at(m.Attached(NOW + 300))), m.Signalled(m.TERM))
+    assert m.deadline(after(strict, m.SnapshotCame(1, 40, 2))[0]) == NOW + 30
+    left, _ = after(state, m.Published(1, 40))
+    assert m.deadline(left) == NOW + 30, "nothing is left to be waited for so long"
+
+
+def test_a_crash_leaves_all_the_time_to_write() -> None:
+    """No grace ends the write of a failed job's state; a stop does, and two Ctrl-C do at once."""
+    died = m.SnapshotCame(1, 40, 0), m.Exited(-9, 41), m.TreeGone()
+    state, actions = after(at(m.Attached(NOW + 300)), *died)
+    assert m.Publish(1) in actions
+    assert m.deadline(state) is None
+    assert isinstance(after(state, m.Published(1, 40))[0].phase, m.Pausing)
+    stopped, _ = after(state, m.Signalled(m.INT))
+    assert m.deadline(stopped) == NOW + WRITE_S_MAX
+    assert ended(after(stopped, m.Published(1, 40))[1]) == [Exit.INTERRUPTED]
+    warned, actions = after(stopped, m.Signalled(m.INT))
+    assert not ended(actions)
+    assert ended(after(warned, m.Signalled(m.INT))[1]) == [Exit.NOT_DURABLE]
+    assert not ended(after(warned, m.Signalled(m.TERM))[1])
+
+
+def test_a_warning_while_the_command_imports() -> None:
+    """Under a scheduler that starts it again, death by that signal is an interruption: 75."""
+    died = m.Signalled(m.USR1), m.Exited(-m.USR1, 0), m.TreeGone()
+    fresh = replace(at(m.Unattached()), ever_attached=False)
+    assert ended(after(fresh, *died)[1]) == [128 + m.USR1]
+    under = replace(fresh, policy=replace_policy(comes_back=True))
+    assert ended(after(under, *died)[1]) == [Exit.INTERRUPTED]
+
+
+def test_what_is_found_counts() -> None:
+    """Checkpoints that are gone are written again, not waited for until that step comes."""
+    state, _ = after(at(m.Unattached(), durable_step=80), m.Found(None, 0), m.WorkerAttached())
+    _, actions = after(state, m.Ticked(5), now_s=NOW + 300)
+    assert actions == [m.Request(2, leave=False)]
+
+
+def test_one_snapshot_into_memory_while_a_write_goes_on() -> None:
+    """A disk that hangs for an hour is not to cost an hour: two memories are enough for one."""
+    writing = m.Held(1, 10, due=True)
+    state, actions = after(at(m.Attached(math.inf, NOW), writing=writing), m.Ticked(11))
+    assert actions == [m.Request(2, leave=False)]
+    state, actions = after(state, m.SnapshotCame(2, 11, 2, 0.1))
+    assert actions == []
+    _, actions = after(state, m.Ticked(20), now_s=NOW + 100)
+    assert actions == []
 
 
 def test_what_cannot_be_made_durable_at_a_stop() -> None:
@@ -420,7 +499,7 @@ def test_a_full_disk_at_a_start_is_waited_for() -> None:
 
 def test_a_stop_while_a_failure_is_cleared_away() -> None:
     """No relaunch after a stop, whenever it came."""
-    for phase in (m.Ending(NOW + 10, FAILED), m.Saving(NOW + 30, FAILED)):
+    for phase in (m.Ending(NOW + 10, FAILED), m.Saving(math.inf, FAILED)):
         state, _ = after(at(phase, writing=m.Held(1, 10, due=True)), m.Signalled(m.TERM))
         _, actions = after(state, m.TreeGone(), m.Published(1, 10))
         assert ended(actions) == [Exit.INTERRUPTED]
@@ -553,7 +632,9 @@ def test_no_snapshot_into_memory_where_none_is_wanted() -> None:
     assert after(due, m.Ticked(10))[1] == [], "nothing new"
     assert after(due, m.MemoryShort(), m.Ticked(11))[1] == []
     assert after(replace(due, keeps=False), m.Ticked(11))[1] == []
-    assert after(at(m.Attached(NOW + 300, NOW), writing=held), m.Ticked(11))[1] == []
+    newer = m.Held(2, 11, due=False)
+    both = at(m.Attached(NOW + 300, NOW), writing=held, held=newer)
+    assert after(both, m.Ticked(12))[1] == []
 
 
 def test_a_checkpoint_is_written_though_memory_was_asked_for_meanwhile() -> None:
@@ -574,15 +655,15 @@ def test_a_checkpoint_is_written_though_memory_was_asked_for_meanwhile() -> None
 
 def test_what_an_interruption_would_cost() -> None:
     """One line for a person; a flush that does not fit into the grace is not called free."""
-    stake = {"flush_s": 0.75, "step_s": 0.05, "whole_s": 12.0, "durable_s": 240.0, "runs_s": 900.0}
+    stake = {"flush_s": 0.75, "step_s": 0.05, "crash_s": 12.0, "power_s": 240.0}
     assert at_stake(30.0, **stake) == (
         "SIGTERM: 0 steps; crash: ≤ 12 s; power cut: ≤ 4 min; a flush needs 0.8 s, the grace is "
         "30 s"
     )
     assert at_stake(0.5, **stake).startswith("SIGTERM: ≤ 12 s; crash")
-    none = dict.fromkeys(("flush_s", "step_s", "whole_s", "durable_s"))
-    said = at_stake(30.0, **none, runs_s=8000.0)
+    said = at_stake(30.0, flush_s=None, step_s=None, crash_s=8000.0, power_s=8000.0)
     assert said == "SIGTERM: 0 steps; crash: ≤ 2.2 h; power cut: ≤ 2.2 h"
+    assert at_stake(30.0, **stake, refused=True).startswith("SIGTERM: ≤ 4 min, unless the disk")
 
 
 def test_space_is_counted_for_all_checkpoints() -> None:

@@ -19,6 +19,11 @@ def test_fresh_keeps_the_old_run(workshop: Workshop) -> None:
     assert (fresh.returncode, fresh.stdout) == (0, "two\n")
     assert (workshop.path / "runs/job.old-1/log").read_text() == "one\n"
     assert "job.old-1" in fresh.stderr
+    numbers = [
+        max(path.name for path in (workshop.path / "runs" / name / "attempts").iterdir())
+        for name in ("job.old-1", "job")
+    ]
+    assert numbers == sorted({*numbers}), "an old copy elsewhere would take the new run for its own"
 
 
 def test_a_torn_journal_is_read(workshop: Workshop) -> None:

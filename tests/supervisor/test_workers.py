@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import Workshop
 from launched import (
@@ -25,6 +28,7 @@ from launched import (
 )
 
 from ckptd import wire
+from ckptd.store import manifest as manifests
 from ckptd.supervisor import server
 
 TOTAL = 60
@@ -111,6 +115,20 @@ def test_stays(workshop: Workshop) -> None:
     assert launched.signal(signal.SIGTERM).ends() == 75
     assert checkpoints(workshop)[-1] == launched.steps()[-1]
     assert not any(is_alive(p.pid) for p in processes)
+
+
+def test_a_worker_that_is_no_descendant(workshop: Workshop) -> None:
+    """Behind `srun` somebody else starts it: it is killed, and waited for, with all the others."""
+    waits = "import time; print('up', flush=True); time.sleep(600)"
+    launched = Launched(workshop, sys.executable, "-c", waits, options=("--grace", "0.3"))
+    launched.wait_for("up")
+    (command,) = launched.descendants()
+    worker = subprocess.Popen(fake("--held", "--deaf", "4"), env=command.environ())
+    while server.ask(address(workshop), "status").facts["step"] != 4:
+        assert worker.poll() is None
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert worker.poll() == -signal.SIGKILL
+    assert checkpoints(workshop) == [4]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -338,6 +356,118 @@ def test_damaged_checkpoint(workshop: Workshop) -> None:
     assert again.steps()[0] == steps[0] + 1
 
 
+def test_damage_that_only_the_worker_finds(workshop: Workshop) -> None:
+    """What the supervisor read was sound, what the worker read was not: the same as above."""
+    argv = fake("--total", str(10**6))
+    for _ in range(2):
+        launched = Launched(workshop, *argv)
+        launched.wait_for_step()
+        assert launched.signal(signal.SIGTERM).ends() == 75
+    older, newest = checkpoints(workshop)
+    doubts = fake("--total", str(10**6), "--doubts", f"{newest:09d}")
+    again = Launched(workshop, *doubts, options=("--accept-changes",))
+    assert "its tensors can't be read" in again.wait_for(f"{newest:09d}.damaged")
+    again.wait_for(f"step {older + 1}")
+    assert again.signal(signal.SIGTERM).ends() == 75
+    assert again.steps()[0] == older + 1
+
+
+def test_a_stop_while_a_checkpoint_is_read(workshop: Workshop) -> None:
+    """A large one takes longer to read than a host leaves: the supervisor hears it all the same."""
+    argv = fake("--total", str(10**6))
+    launched = Launched(workshop, *argv)
+    launched.wait_for_step()
+    assert launched.signal(signal.SIGTERM).ends() == 75
+    (step,) = checkpoints(workshop)
+    large(workshop.path / f"runs/job/checkpoints/{step:09d}")
+    again = Launched(workshop, *argv)
+    while not again.descendants():
+        assert again.process.poll() is None, again.told()
+    assert again.signal(signal.SIGTERM).ends() == 75, again.told()
+    events = [event["event"] for event in workshop.journal()]
+    assert events[-1] == "stopped"
+    assert "set aside" not in events, "it was read to its end"
+    assert "attached" not in events[events.index("stopped") :]
+
+
+def large(checkpoint: Path) -> None:
+    """Add a file to a checkpoint that takes minutes to read: a hole, with a sum that is wrong."""
+    path, bytes_ = checkpoint / "manifest.json", 1 << 40
+    manifest = manifests.decode(path.read_bytes(), str(path))
+    os.truncate(os.open(checkpoint / "hole.safetensors", os.O_CREAT | os.O_WRONLY), bytes_)
+    hole = manifests.File(bytes_, "0" * 32)
+    files = {"hole.safetensors": hole, **manifest.files}
+    path.write_bytes(manifests.encode(msgspec.structs.replace(manifest, files=files)))
+
+
+def test_a_dying_process_writes_into_the_memory(workshop: Workshop) -> None:
+    """What is in memory is compared with what was written of it before it is used: the disk is."""
+    argv = fake("--life", "200", "--lives", "1", "--scribble")
+    launched = Launched(workshop, *argv)
+    launched.wait_for("step 3")
+    launched.signal(signal.SIGUSR2)
+    made = wait_durable(launched, workshop)
+    assert f"the state of step {made} in memory" in launched.wait_for("is not what was written")
+    launched.wait_for(f"attempt 2, from step {made}")
+    launched.wait_for("step 201")
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert "from memory" not in "".join(launched.output)
+
+
+def test_checkpoints_that_somebody_removed(workshop: Workshop) -> None:
+    """It is said, and new ones are made from there on."""
+    argv = fake("--life", "60", "--lives", "1")
+    options = ("--every", "0.05", "--memory-tier", "off")
+    launched = Launched(workshop, *argv, options=options)
+    launched.wait_for("step 40")
+    wait_durable(launched, workshop)
+    gate = workshop.path / "runs/job/checkpoints"
+    launched.process.send_signal(signal.SIGSTOP)  # nothing is written, and nobody started again
+    while any(is_alive(p.pid) for p in launched.descendants()):
+        time.sleep(0.01)
+    shutil.rmtree(gate)
+    launched.process.send_signal(signal.SIGCONT)
+    launched.wait_for("somebody has removed it")
+    launched.wait_for("attempt 2, from the beginning")
+    while not checkpoints_there(gate):
+        assert launched.process.poll() is None, launched.told()
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+
+
+def checkpoints_there(path: Path) -> bool:
+    return path.is_dir() and any(entry.name[0] != "." for entry in path.iterdir())
+
+
+def test_the_directory_is_gone_before_the_worker_attaches(workshop: Workshop) -> None:
+    """Nothing that is only written down for later ends the job; a stop then can't be durable."""
+    gate = workshop.path / "gate"
+    shell = f"until [ -e {gate} ]; do sleep 0.01; done; exec {sys.executable} {FAKE}"
+    launched = Launched(workshop, "sh", "-c", shell)
+    launched.wait_for("attempt 1")
+    (workshop.path / "runs/job").rename(workshop.path / "runs/away")
+    gate.touch()
+    launched.wait_for("step 20")
+    assert launched.signal(signal.SIGTERM).ends() == 74, launched.told()
+
+
+def test_an_attempt_waits_for_its_directory(workshop: Workshop) -> None:
+    """A crash while the run's directory is away: the state stays in memory until it is back."""
+    argv = fake("--held", "--life", "30", "--lives", "1")
+    launched = Launched(workshop, *argv, options=("--max-restarts", "1"))
+    launched.wait_for("step 3")
+    run, away = workshop.path / "runs/job", workshop.path / "runs/away"
+    run.rename(away)
+    launched.wait_for("step 30")
+    for _ in range(3):  # more than it is restarted without progress
+        launched.wait_for("a failure to start it")
+        launched.messages.clear()
+    away.rename(run)
+    launched.wait_for("attempt 2, from step 30 in memory")
+    launched.wait_for("step 35")
+    assert launched.signal(signal.SIGTERM).ends() == 75, launched.told()
+    assert launched.steps() == list(range(1, launched.steps()[-1] + 1))
+
+
 # ------------------------------------------------------------------ the socket
 
 
@@ -387,6 +517,26 @@ def test_junk(workshop: Workshop, packet: bytes) -> None:
         connection.send(packet)
         assert connection.recv(1) == b""
     assert launched.signal(signal.SIGTERM).ends() == 75
+
+
+def test_a_snapshot_that_cannot_be_read(workshop: Workshop, tmp_path: Path) -> None:
+    """It is said and not held; the job is not disturbed, and a later one is made durable."""
+    launched = Launched(workshop, *fake("--held", "--garble", "5"))
+    launched.wait_for("table can't be read")
+    launched.wait_for("step 20")
+    assert launched.signal(signal.SIGTERM).ends() == 75
+    assert checkpoints(workshop)[-1] == launched.steps()[-1]
+
+
+def test_a_last_snapshot_that_cannot_be_read(workshop: Workshop, tmp_path: Path) -> None:
+    """At a stop it is no durable one, and the exit code says so."""
+    gate = tmp_path / "gate"
+    launched = Launched(workshop, *fake("--garble", "3", "--gate", str(gate)))
+    launched.wait_for("step 3")
+    launched.signal(signal.SIGTERM).wait_for("SIGTERM")
+    gate.touch()
+    assert launched.ends() == 74, launched.told()
+    assert launched.wait_for("receipt") == "receipt NotDurable"
 
 
 def test_nothing_left(workshop: Workshop) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ckptd.supervisor import machine as m
-from ckptd.supervisor.policy import Exit, Policy
+from ckptd.supervisor.policy import WRITE_S_MAX, Exit, Policy
 
 TURNS_MAX = 20_000
 SLACK_S = 1.0
@@ -55,6 +55,7 @@ class World:
         self.policy = Policy(
             every_s=self.dice.choice([2.0, 20.0, 1e6]),
             grace_s=self.dice.choice([1.0, 5.0, 30.0]),
+            grace_given=self.dice.random() < 0.5,
             restarts_max=self.dice.choice([0, 1, 3]),
             memory_tier=self.dice.random() < 0.8,
             overhead=self.dice.choice([0.0, 0.01, 0.1]),
@@ -166,7 +167,7 @@ class World:
                 assert self.writing is None, "two writes at once"
                 assert generation in self.held, "a write of what is not in memory"
                 self.writing = generation
-                self.soon(self.write_ends, self.dice.choice([0.1, 2.0, 100.0]))
+                self.soon(self.write_ends, self.dice.choice([0.1, 2.0, 100.0, 900.0]))
             case m.Forget(generation):
                 assert generation in self.held, "forgotten twice"
                 assert generation != self.writing, "forgotten while it is written"
@@ -329,7 +330,9 @@ class World:
         if self.child is not None and self.child.tree:
             assert self.child.killed, "it ended beside processes that nobody tried to kill"
         if self.asked_s is not None:
-            bound_s = 2 * self.policy.grace_s + self.policy.kill_s + SLACK_S
+            write_s = self.policy.grace_s if self.policy.grace_given else WRITE_S_MAX
+            # To a safe point, for its write, and for what is written after a kill.
+            bound_s = self.policy.grace_s + 2 * write_s + self.policy.kill_s + SLACK_S
             took_s = self.now_s - self.asked_s
             assert took_s <= bound_s, f"it took {took_s:.1f} s to stop, at most {bound_s} s allowed"
         if self.code == Exit.INTERRUPTED and self.held and self.writing is None:

@@ -54,6 +54,7 @@ class NearLink:
         self.welcome = wire.Welcome("job", str(self.run), self.attempt, newest, None, 2)
         self.page = wire.StatusPage(memoryview(bytearray(wire.PAGE_BYTES)))
         self.orphaned = False
+        self.durable = 0
         self.held = None
         self.asked = 0
 
@@ -79,7 +80,8 @@ class NearLink:
         if self.held is None:
             return
         snapshot, descriptor = self.held
-        with memory.pieces(descriptor, wire.places(snapshot.files)) as files:
+        table = wire.table_in(memory.readable(descriptor), snapshot.table)
+        with memory.pieces(descriptor, wire.places(table.files)) as files:
             store.publish_attempt(
                 UnsyncedDisk(),
                 self.run,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
+import mmap
 import os
+import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ckptd.host import memory
 from ckptd.worker import arena as arena_module
-from ckptd.worker.arena import Arenas
+from ckptd.worker.arena import Arena, Arenas
 
 
 @pytest.fixture(autouse=True)
@@ -149,3 +154,43 @@ def test_neither_memory_nor_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     arenas.let_go(arenas.take(5000))
     (refused,) = said
     assert isinstance(refused, FileNotFoundError)
+
+
+def in_a_fork(act: Callable[[], object]) -> int:
+    """Do something in a forked child; how it ended, 0 when it was done."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        code = 1
+        try:
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_forked_process_has_no_part_in_it() -> None:
+    """A loader worker can't write into a snapshot, by whatever address it has got hold of."""
+    arena = Arena(10_000)
+    arena.mapping[:4] = b"mine"
+    assert in_a_fork(lambda: ctypes.memset(arena.address, 7, 4)) == -signal.SIGSEGV
+    assert in_a_fork(lambda: arena.mapping.find(b"m")) == -signal.SIGSEGV
+    assert arena.mapping[:4] == b"mine"
+    arena.close()
+
+
+def test_a_forked_process_keeps_its_own_memory() -> None:
+    """Where a snapshot was, nothing of a child's own comes to lie that would go with it."""
+    arena = Arena(8 << 20)
+
+    def forgets() -> None:
+        others = [mmap.mmap(-1, 8 << 20) for _ in range(20)]
+        others += [mmap.mmap(-1, 4096) for _ in range(200)]
+        arena.mapping.close()
+        for other in others:
+            other[0] = 1
+            assert other[-1] == 0
+
+    assert in_a_fork(forgets) == 0
+    arena.close()

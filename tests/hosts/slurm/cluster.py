@@ -201,6 +201,7 @@ class Cluster:
         lines += [
             f"PartitionName=low Default=YES GraceTime=0 {low}",
             f"PartitionName=graced GraceTime={GRACE_S} {low}",
+            f"PartitionName=cancelled GraceTime=0 {low}".replace("=REQUEUE", "=CANCEL"),
             f"PartitionName=high Nodes={nodes} PriorityTier=10 PreemptMode=OFF",
         ]
         self.conf.write_text("\n".join(lines) + "\n")

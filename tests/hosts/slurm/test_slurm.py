@@ -190,6 +190,36 @@ def test_preempted_with_a_warning(
     assert KILL_WAIT_S < left <= GRACE_S + KILL_WAIT_S
 
 
+def test_preempted_for_good(
+    cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
+) -> None:
+    """Where preemption cancels (PreemptMode=CANCEL), ckptd has the job put back."""
+    batch = training(cluster, workshop)
+    job = begun(batch, "--exclusive", "--partition=cancelled")
+    other = preempt(cluster, cluster.show(job)["NodeList"])
+    cluster.wait_for(other, JobState="COMPLETED")
+    cluster.start_requeued(job)
+    check_end(cluster, batch, job, reference)
+    assert f"asked Slurm to put job {job} back into the queue" in batch.told()
+
+
+def test_cancelled_after_a_preemption(cluster: Cluster, workshop: Workshop) -> None:
+    """An earlier start's preemption is none of this one: a cancelled job stays cancelled."""
+    body = "export INTERRUPT_ONCE=$PWD/once$SLURM_RESTART_COUNT\n"
+    batch = training(cluster, workshop, body=body)
+    job = batch.submit("--exclusive", **INTERRUPTED)
+    batch.wait_until((batch.path / "once").exists, "the middle of an epoch")
+    other = preempt(cluster, cluster.show(job)["NodeList"])
+    cluster.wait_for(other, JobState="COMPLETED")
+    cluster.start_requeued(job)
+    cluster.wait_for(job, JobState="RUNNING")
+    batch.wait_until(lambda: "from step" in batch.told(), "its second start")
+    cluster.do("scancel", job)
+    cluster.wait_for(job, JobState="CANCELLED")
+    batch.wait_until(lambda: cluster.processes(job) == [], "the end of the batch process")
+    assert f"job {job} was cancelled" in batch.told()
+
+
 def test_two_tasks_of_an_array(
     cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes]
 ) -> None:
@@ -336,6 +366,31 @@ def test_no_progress(cluster: Cluster, workshop: Workshop) -> None:
     shown = cluster.wait_for(job, JobState="FAILED|COMPLETED|CANCELLED")
     assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", "70:0")
     assert "gave up: interrupted 2 times in a row" in batch.told()
+    assert "is not put back into the queue" in batch.told()
+
+
+@pytest.mark.parametrize("partition", ["low", "graced"])
+def test_no_progress_and_preempted(
+    cluster: Cluster, workshop: Workshop, partition: str, reference: tuple[bytes, bytes]
+) -> None:
+    """Given up on while Slurm puts it back by itself, or might: held there until it is released."""
+    body = "export INTERRUPT_ONCE=$PWD/once$SLURM_RESTART_COUNT\n"
+    batch = training(cluster, workshop, "--max-requeues 0", body=body)
+    options = ("--exclusive", f"--partition={partition}", "--signal=B:USR1@60")
+    job = batch.submit(*options, INTERRUPT="before the first step:WAIT")
+    batch.wait_until((batch.path / "once").exists, "the first step")
+    cluster.do("scancel", "--batch", "--signal=USR1", job)  # makes step 0 durable
+    cluster.start_requeued(job)
+    batch.wait_until((batch.path / "once1").exists, "the first step again")
+    cluster.wait_for(preempt(cluster, cluster.show(job)["NodeList"]), JobState="COMPLETED")
+    shown = cluster.wait_for(job, JobState="PENDING", Priority="0")
+    assert shown["Restarts"] == "2"
+    assert "gave up: interrupted once before" in batch.told()
+    assert f"job {job} is held in the queue" in batch.told()
+    (batch.path / "once2").touch()
+    cluster.do("scontrol", "release", job)
+    cluster.do("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+    check_end(cluster, batch, job, reference)
 
 
 def test_the_printed_script(
