@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +28,7 @@ _PACKAGES: Final = (
 )
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _POLL_S: Final = 0.1
-_BOUND_S: Final = 120.0
+_BOUND_S: Final = 240.0
 _REBOOT: Final = 133  # systemd-nspawn's exit status
 
 
@@ -74,6 +75,8 @@ class Machine:
         read_only = {Path(sys.base_prefix), Path(sys.prefix), REPOSITORY}
         self._binds = [f"--bind-ro={one}" for one in sorted(read_only)]
         self._binds += [f"--bind={one}" for one in shared]
+        # systemd-nspawn has a directory for each name, which two machines must not share.
+        self._name = f"ckptd-{os.getpid()}-{time.monotonic_ns()}"
         self._console = path / "console"
         self._off = threading.Event()
         self._nspawn: subprocess.Popen[bytes] | None = None
@@ -100,7 +103,7 @@ class Machine:
                     [
                         *("unshare", "--pid", "--fork", "--kill-child", "--mount-proc"),
                         *("systemd-nspawn", "--quiet", "--keep-unit", "--register=no", "--boot"),
-                        *("--directory", str(self.root), "--machine=ckptd-test"),
+                        *("--directory", str(self.root), f"--machine={self._name}"),
                         *("--console=pipe", "--link-journal=no", *self._binds),
                     ],
                     stdin=subprocess.DEVNULL,
