@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import suppress
 from typing import Final, NoReturn
 
 import click
@@ -64,9 +65,14 @@ def main() -> NoReturn:
     except click.Abort:
         sys.exit(130)
     except CkptdError as error:
-        print(f"ckptd: {error}", file=sys.stderr)
+        _tell(error)
         sys.exit(error.exit_code)
     except OSError as error:
-        print(f"ckptd: {error}", file=sys.stderr)
+        _tell(error)
         sys.exit(NotDurableError.exit_code)  # the run's directory can't be read or written
     sys.exit(code or 0)
+
+
+def _tell(error: Exception) -> None:
+    with suppress(OSError):  # a terminal that was closed must not change the exit code
+        print(f"ckptd: {error}", file=sys.stderr, flush=True)
