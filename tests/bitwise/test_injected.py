@@ -75,7 +75,7 @@ def run(
     assert result.read_text() == expected
     resumed_from_memory(workshop.journal())
     found = psutil.process_iter(["cmdline"])
-    left = [process for process in found if SCRIPT in (process.info["cmdline"] or [])]
+    left = [process for process in found if str(result) in (process.info["cmdline"] or [])]
     assert not left, f"{left} are left"
     return launched.stderr
 

@@ -461,6 +461,7 @@ def test_detached_and_soon_over(workshop: Workshop, source: str, code: int) -> N
     )
     assert done.returncode == code, done.stderr
     assert "has ended already" in done.stderr
+    resuming.wait_for("job ended: ")  # by the time that it is stopped
     assert resuming.ends(signal.SIGTERM) == 0
 
 

@@ -15,6 +15,7 @@ from ckptd.host.disk import RealDisk
 from ckptd.store import store
 from ckptd.worker import job as jobs
 from ckptd.worker.arena import Arenas
+from ckptd.worker.resting import Resting
 from ckptd.worker.snapshot import FORMAT, Layouts, Reader, Writer
 from ckptd.worker.tree import Frozen
 
@@ -29,10 +30,11 @@ def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def captured(step: int) -> jobs._Captured:
     """A state of one tensor."""
-    writer = Writer()
+    writer = Writer(Resting())
     entry = writer.add("model", Frozen(None, [("weight", WEIGHTS)]))
-    arena, extents = writer.write({"format": FORMAT, "model": entry}, Arenas(), Layouts())
-    return jobs._Captured(arena, step, extents, [])
+    document = {"format": FORMAT, "model": entry}
+    arena, table, place = writer.write(document, [], Arenas(), Layouts())
+    return jobs._Captured(arena, step, table.files, [], place)
 
 
 def welcome(run: Path, keep: int = 1) -> wire.Welcome:
