@@ -19,6 +19,7 @@ Rules:
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -78,7 +79,7 @@ class _UnheardError(Exception):
         self.refused = refused
 
 
-class _Service:
+class _Service(ABC):
     """What is the same for all: one that is not heard is asked again, and that is said once."""
 
     name: str
@@ -107,13 +108,13 @@ class _Service:
         self._silent_since_s = None
         return notice
 
+    @abstractmethod
     def _look(self) -> Notice | None:
         """Ask.
 
         Raises:
             _UnheardError: nobody answered, or nothing that means anything.
         """
-        raise NotImplementedError
 
     def _new(self, key: str) -> bool:
         """Whether a notice is new."""
