@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -150,7 +151,7 @@ def launched_with(run: Run) -> dict[str, str]:
     """
     launch = registry.launched(run)
     words = [] if launch is None else launch.options
-    return dict(zip(words, [*words[1:], ""], strict=True))
+    return dict(pairwise([*words, ""]))  # a flag's value is the next option, and nobody asks for it
 
 
 def of_run(run: Run, keep: int, grace_s: float, *, memory_tier: bool = True) -> Iterator[Finding]:

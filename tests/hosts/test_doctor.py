@@ -112,3 +112,24 @@ def test_it_goes_by_how_the_run_was_launched(workshop: Workshop) -> None:
     assert "the grace is 77 s" in told
     assert "2 checkpoints fit" in told
     assert doctor.launched_with(Run(workshop.path / "runs/job"))["--memory-tier"] == "off"
+
+
+def test_a_run_that_was_launched_without_options(workshop: Workshop) -> None:
+    """As most are: the defaults hold."""
+    head = [sys.executable, "-m", "ckptd"]
+    script = workshop.path / "train.py"
+    script.write_text("")
+    launch = [*head, "launch", "--", sys.executable, str(script)]
+    environment = workshop.environment()
+    subprocess.run(launch, cwd=workshop.path, env=environment, check=True)
+    assert doctor.launched_with(Run(workshop.path / "ckptd-runs/train")) == {}
+    told = subprocess.run(
+        [*head, "doctor", "train"],
+        cwd=workshop.path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not told.stderr
+    assert "nothing is known of what it needs" in told.stdout
