@@ -53,8 +53,10 @@ class Gauge:
         """For how long this attempt has run."""
         return now_s - self._started_s
 
-    def moved(self, now_s: float, step: int) -> None:
-        """This is where it is."""
+    def moved(self, now_s: float, step: int, *, begins: bool) -> None:
+        """This is where it is; `begins`: where the attempt began, which says nothing of a rate."""
+        if begins:
+            self._samples.clear()
         self._samples.append((now_s, step))
 
     def looked_s(self) -> float | None:

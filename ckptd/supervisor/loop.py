@@ -665,7 +665,8 @@ class Loop:
             return
         if self._job.facts is None:
             self._job = msgspec.structs.replace(self._job, facts=hello.environment)
-            self._write_down(self._job)
+            job = self._job
+            self._scribe.do(lambda: self._write_down(job))  # without waiting for the disk
             first = None
         else:
             first = self._job.facts
@@ -829,7 +830,8 @@ class Loop:
         looked_s = self._gauge.looked_s()
         if looked_s is not None and now_s - looked_s < _GLANCE_S:
             return
-        self._gauge.moved(now_s, self._step())
+        step, attempt = self._step(), self._attempt
+        self._gauge.moved(now_s, step, begins=attempt is None or step <= attempt.from_step)
         self._look_for_hang(now_s)
         self._tell_host(now_s)
         writing = self._state.ledger.writing
@@ -908,18 +910,16 @@ class Loop:
         if self._attempt is None:
             self._run.write(self._noted)  # whoever launches has to see that it can't be written
         else:
+            # At once, as the attempt was claimed: who comes after us, if we are killed, finds the
+            # command by this.
             self._write_down(self._noted)
 
     def _write_down(self, content: JobFile | SupervisorFile) -> None:
-        """Replace one of the run's files, without waiting for the disk."""
-
-        def write() -> None:
-            try:
-                self._run.write(content)
-            except OSError as error:
-                self._terminal.say_once(f"{self._run.path} can't be written: {error.strerror}")
-
-        self._scribe.do(write)
+        """Replace one of the run's files; the job runs also where that can't be written."""
+        try:
+            self._run.write(content)
+        except OSError as error:
+            self._terminal.say_once(f"{self._run.path} can't be written: {error.strerror}")
 
     def _forget_supervisor(self) -> None:
         if self._noted is None:
