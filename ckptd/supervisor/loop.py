@@ -423,6 +423,7 @@ class Loop:
             return
         self._read_once = True
         newest, set_aside = found
+        self._distrusted.clear()  # they are set aside; what gets their names now is another one
         self._say_set_aside(newest, set_aside)
         if current is None or current.ready:
             return  # it has ended meanwhile

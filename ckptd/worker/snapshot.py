@@ -25,6 +25,7 @@ from ckptd import wire
 from ckptd.errors import DamagedError
 from ckptd.host import memory
 from ckptd.store import image
+from ckptd.store.manifest import STATE
 from ckptd.worker import tree
 from ckptd.worker.arena import Arena, Arenas
 from ckptd.worker.copies import Copies
@@ -32,7 +33,6 @@ from ckptd.worker.resting import Resting
 from ckptd.worker.state import Saved
 from ckptd.worker.tree import Frozen, Json
 
-STATE: Final = "state.json"
 FORMAT: Final = 1
 _ALIGNMENT: Final = 4096
 
