@@ -41,7 +41,8 @@ class Worker:
             self.send(wire.Restored(self.step, 0.0))
             print("from memory", self.step, flush=True)
         elif self.welcome.checkpoint is not None:
-            if options.doubts is not None and self.welcome.checkpoint.endswith(options.doubts):
+            doubts = self.welcome.checkpoint.endswith(options.doubts or "none")
+            if doubts and self.welcome.attempt <= options.doubts_until:
                 self.send(wire.Refused("DamagedError", "its tensors can't be read"))
                 sys.exit(1)
             state = json.loads(Path(self.welcome.checkpoint, "state.json").read_text())
@@ -140,6 +141,7 @@ def main():
     parser.add_argument("--mute", action="store_true", help="finish without saying so")
     parser.add_argument("--refuse", help="say that starting again would not help")
     parser.add_argument("--doubts", help="say that the checkpoint of this name is damaged")
+    parser.add_argument("--doubts-until", type=int, default=FOREVER, help="this attempt")
     parser.add_argument("--linger", type=Path, help="after the receipt, wait for this file")
     parser.add_argument("--garble", type=int, help="no one can read the table of this step's state")
     parser.add_argument("--noise", type=int, help="characters to print after each step")

@@ -372,6 +372,25 @@ def test_damage_that_only_the_worker_finds(workshop: Workshop) -> None:
     assert again.steps()[0] == older + 1
 
 
+def test_a_name_that_was_damaged_comes_back_sound(workshop: Workshop) -> None:
+    """The job comes to that step again: its new checkpoint is not taken for the damaged one."""
+    argv = fake("--total", str(10**6))
+    for _ in range(2):
+        launched = Launched(workshop, *argv)
+        launched.wait_for_step()
+        assert launched.signal(signal.SIGTERM).ends() == 75
+    older, newest = checkpoints(workshop)
+    doubts = ("--doubts", f"{newest:09d}", "--doubts-until", "3")
+    dies = ("--held", "--life", str(newest - older), "--lives", "4")
+    options = ("--accept-changes", "--memory-tier", "off")
+    again = Launched(workshop, *fake(*doubts, *dies), options=options)
+    again.wait_for(f"{newest:09d}.damaged")
+    again.wait_for(f"attempt 5, from step {newest}")
+    again.wait_for(f"step {newest + 1}")
+    assert again.signal(signal.SIGTERM).ends() == 75
+    assert again.told().count("was set aside") == 1
+
+
 def test_a_stop_while_a_checkpoint_is_read(workshop: Workshop) -> None:
     """A large one takes longer to read than a host leaves: the supervisor hears it all the same."""
     argv = fake("--total", str(10**6))
