@@ -370,7 +370,7 @@ class Loop:
         """Compare a snapshot with what was written of it, while the command starts."""
 
         def found(sound: bool) -> None:  # noqa: FBT001  # an errand's answer
-            if attempt is not self._attempt:
+            if attempt is not self._attempt or attempt.ready:
                 return  # it has ended meanwhile
             if sound:
                 self._started(attempt, None)
@@ -583,6 +583,7 @@ class Loop:
             self._hear_worker_out(attempt)
             if not attempt.ready:
                 self._scribe.event("started", attempt=self._number, pid=attempt.child.pid)
+                attempt.ready = True  # what it would have restored is of no use any more
             cause = ("" if code == 0 else attempt.oom.found(code)) or ""
             if code != 0:
                 self._gauge.last_failure = f"{described(code)} {cause}".rstrip()

@@ -81,13 +81,13 @@ def wait_durable(launched: Launched, *, beyond: int = 0) -> int:
         if found and found[-1] > beyond:
             return found[-1]
         step = launched.wait_for_step()
-        launched.wait_for(f"step {step + 1}")
+        launched.wait_for_step(step + 1)
         assert launched.process.poll() is None, launched.told()
 
 
 def goes_on(launched: Launched) -> None:
     """Training goes on."""
-    launched.wait_for(f"step {launched.wait_for_step() + 5}")
+    launched.wait_for_step(launched.wait_for_step() + 5)
 
 
 def all_verify(workshop: Workshop) -> list[int]:

@@ -89,9 +89,14 @@ class Launched:
             lambda: next((line for line in self.output + self.messages if text in line), ""), text
         )
 
-    def wait_for_step(self) -> int:
-        """The newest step, as soon as the worker has printed one."""
-        return int(self._wait(lambda: str(max(self.steps(), default="")), "a step"))
+    def wait_for_step(self, least: int = 0) -> int:
+        """The newest step, as soon as the worker has printed one that is not below `least`."""
+
+        def found() -> str:
+            newest = max(self.steps(), default=-1)
+            return str(newest) if newest >= least else ""
+
+        return int(self._wait(found, f"step {least} or a later one"))
 
     def _wait(self, found: Callable[[], str], what: str) -> str:
         with self._changed:

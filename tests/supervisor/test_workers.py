@@ -74,7 +74,7 @@ def test_flush_and_go_on(workshop: Workshop) -> None:
     launched.wait_for("step 3")
     launched.signal(signal.SIGUSR2)
     made = wait_durable(launched, workshop)
-    launched.wait_for(f"step {made + 3}")
+    launched.wait_for_step(made + 3)
     assert launched.signal(signal.SIGTERM).ends() == 75
     assert checkpoints(workshop)[0] == made
 
@@ -245,7 +245,7 @@ def test_killed_supervisor(workshop: Workshop) -> None:
     again.wait_for("was killed")
     again.wait_for("attached")
     assert not any(is_alive(p.pid) for p in orphans)
-    again.wait_for(f"step {durable + 1}")
+    again.wait_for_step(durable + 1)
     assert again.steps()[0] == durable + 1
     assert not socket_of_the_killed.parent.exists(), "each kill would leave a directory behind"
     assert again.signal(signal.SIGTERM).ends() == 75
@@ -312,14 +312,14 @@ def test_disk_refuses(workshop: Workshop) -> None:
     place.write_text("in the way")
     launched.signal(signal.SIGUSR2)
     launched.wait_for("could not make a checkpoint durable")
-    launched.wait_for(f"step {launched.steps()[-1] + 3}")
+    launched.wait_for_step(launched.steps()[-1] + 3)
     assert launched.signal(signal.SIGTERM).ends() == 74
     assert f"checkpoint of step {durable} stands" in launched.told()
     assert "receipt NotDurable" in launched.output
     place.unlink()
     place.with_name("away").rename(place)
     again = Launched(workshop, *argv)
-    again.wait_for(f"step {durable + 1}")
+    again.wait_for_step(durable + 1)
     assert again.signal(signal.SIGTERM).ends() == 75
     assert again.steps()[0] == durable + 1
 
@@ -351,7 +351,7 @@ def test_damaged_checkpoint(workshop: Workshop) -> None:
     state.write_bytes(state.read_bytes().replace(b"step", b"stop"))
     again = Launched(workshop, *argv)
     again.wait_for(f"{steps[1]:09d}.damaged")
-    again.wait_for(f"step {steps[0] + 1}")
+    again.wait_for_step(steps[0] + 1)
     assert again.signal(signal.SIGTERM).ends() == 75
     assert again.steps()[0] == steps[0] + 1
 
@@ -367,7 +367,7 @@ def test_damage_that_only_the_worker_finds(workshop: Workshop) -> None:
     doubts = fake("--total", str(10**6), "--doubts", f"{newest:09d}")
     again = Launched(workshop, *doubts, options=("--accept-changes",))
     assert "its tensors can't be read" in again.wait_for(f"{newest:09d}.damaged")
-    again.wait_for(f"step {older + 1}")
+    again.wait_for_step(older + 1)
     assert again.signal(signal.SIGTERM).ends() == 75
     assert again.steps()[0] == older + 1
 
@@ -386,7 +386,7 @@ def test_a_name_that_was_damaged_comes_back_sound(workshop: Workshop) -> None:
     again = Launched(workshop, *fake(*doubts, *dies), options=options)
     again.wait_for(f"{newest:09d}.damaged")
     again.wait_for(f"attempt 5, from step {newest}")
-    again.wait_for(f"step {newest + 1}")
+    again.wait_for_step(newest + 1)
     assert again.signal(signal.SIGTERM).ends() == 75
     assert again.told().count("was set aside") == 1
 
