@@ -11,6 +11,8 @@ Rules:
    integer of shared memory between two batches and makes no system call.
 4. The request word only ever grows. The worker remembers the last one that it answered and never
    clears it, so a request that arrives while another is answered can't be lost.
+5. Several ranks that see a new request stand still until the page says upon which safe point they
+   agreed (`agree`), and answer it there. Each has a page and a connection of its own.
 
 A worker's life on the wire:
 
@@ -37,9 +39,10 @@ from typing import Final
 
 import msgspec
 
+from ckptd.agree import Position
 from ckptd.errors import ProtocolError
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 MESSAGE_BYTES_MAX: Final = 128 * 1024
 _SAID_CHARACTERS_MAX: Final = 16 * 1024  # at most six bytes each in JSON: it fits
 
@@ -102,6 +105,8 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True):
         table: where in the memfd its table is.
         asked: the request word that this answers; 0: sent unasked, to be held in memory.
         cost_s: for how long it held up training, in seconds.
+        place: where in the script it was taken, for a person too. Snapshots of several ranks belong
+            together if theirs is the same.
     """
 
     generation: int
@@ -109,6 +114,7 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True):
     table: Place
     asked: int
     cost_s: float = 0.0
+    place: str = ""
 
 
 def places(files: list[Extent]) -> dict[str, slice]:
@@ -378,9 +384,14 @@ WORD_REQUEST: Final = 0  # supervisor -> worker
 WORD_STEP: Final = 1  # worker -> supervisor: items of innermost loops that are done
 WORD_DEPTH: Final = 2  # how many loops are open
 WORD_TEXT_BYTES: Final = 3  # length of the JSON text; 0 while it is being changed
-WORD_LOOPS: Final = 8  # per open loop: items done, length (0: unknown), a restart loop (0 or 1)
-LOOP_WORDS: Final = 3
+WORD_AGREED: Final = 4  # supervisor -> worker, several ranks: the request that was agreed upon
+WORD_LEVELS: Final = 5  # of the position that was agreed upon; 0: go on, it is asked again
+#: Per open loop: items done, length (0: unknown), a restart loop (0 or 1), and which loop of the
+#: item around it.
+WORD_LOOPS: Final = 8
+LOOP_WORDS: Final = 4
 LOOPS_MAX: Final = 16
+WORD_TARGET: Final = WORD_LOOPS + LOOP_WORDS * LOOPS_MAX  # per level: which loop, items done
 
 
 class Loop(msgspec.Struct, frozen=True):
@@ -415,6 +426,34 @@ class StatusPage:
         depth = min(self.words[WORD_DEPTH], LOOPS_MAX)
         at = [WORD_LOOPS + LOOP_WORDS * level for level in range(depth)]
         return [Loop(self.words[i], self.words[i + 1], bool(self.words[i + 2])) for i in at]
+
+    def position(self) -> Position:
+        """Where the worker is; the same twice, since it may move while it is read."""
+        before: Position | None = None
+        while before != (now := self._position()):
+            before = now
+        return now
+
+    def _position(self) -> Position:
+        depth = min(self.words[WORD_DEPTH], LOOPS_MAX)
+        at = [WORD_LOOPS + LOOP_WORDS * level for level in range(depth)]
+        return tuple((self.words[i + 3], self.words[i]) for i in at)
+
+    def agree(self, word: int, target: Position | None) -> None:
+        """Say upon what was agreed for a request; None: to go on, it will be asked again."""
+        levels = () if target is None else target
+        for level, (ordinal, done) in enumerate(levels):
+            self.words[WORD_TARGET + 2 * level] = ordinal
+            self.words[WORD_TARGET + 2 * level + 1] = done
+        self.words[WORD_LEVELS] = len(levels)
+        self.words[WORD_AGREED] = word  # last: who reads it, reads the rest
+
+    def agreed(self, word: int) -> Position | None:
+        """Upon what was agreed for a request; empty: to go on. None: it is not known yet."""
+        if self.words[WORD_AGREED] != word:
+            return None
+        at = [WORD_TARGET + 2 * level for level in range(self.words[WORD_LEVELS])]
+        return tuple((self.words[i], self.words[i + 1]) for i in at)
 
     def write_values(self, values: dict[str, float | int | str]) -> None:
         """Show the last logged values (dropped when they don't fit on the page)."""

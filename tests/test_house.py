@@ -12,12 +12,13 @@ PACKAGE = Path(__file__).parent.parent / "ckptd"
 #: What each room may import of the others, besides itself. `errors` is everybody's.
 MAY_IMPORT = {
     "errors": set(),
-    "wire": set(),
+    "agree": set(),
+    "wire": {"agree"},
     "record": set(),
     "host": set(),
     "store": {"host"},
-    "supervisor": {"wire", "store", "host"},
-    "worker": {"wire", "record", "store", "host"},
+    "supervisor": {"agree", "wire", "store", "host"},
+    "worker": {"agree", "wire", "record", "store", "host"},
     "drill": {"record", "supervisor", "host"},
     "cli": {"supervisor", "store", "host", "drill", "record"},
     "__init__": {"worker"},
@@ -27,6 +28,7 @@ MAY_IMPORT = {
 STORE_MAY_IMPORT = {"ckptd.host.disk"}
 PURE = (
     *(
+        "agree.py",
         "wire.py",
         "record.py",
         "drill/compare.py",

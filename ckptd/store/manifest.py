@@ -21,6 +21,7 @@ STATE: Final = "state.json"
 FORMAT: Final = 1
 
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_RANK_FILE: Final = re.compile(r"rank-([1-9][0-9]{0,5})\.(.+)")
 _SUM: Final = re.compile(r"[0-9a-f]{32}")
 _FILES_MAX: Final = 100_000
 #: No manifest is longer: a file takes its name of 200, its length of 19, its sum, and 50 around.
@@ -124,6 +125,35 @@ def decode(content: bytes, where: str) -> Manifest:
 def is_file_name(name: str) -> bool:
     """Whether a checkpoint's file may be called so: no path, nothing hidden, not the manifest."""
     return bool(_FILE_NAME.fullmatch(name)) and name != NAME
+
+
+def rank_file(rank: int, name: str) -> str:
+    """What the file that a rank calls `name` is called in a checkpoint; rank 0 has the plain names.
+
+    No tracked object's file can be called so: an object's name is an identifier.
+    """
+    return name if rank == 0 else f"rank-{rank}.{name}"
+
+
+def files_of(rank: int, names: Iterable[str]) -> dict[str, str]:
+    """A rank's files: by the names that the rank has for them, those in the checkpoint."""
+    own = {}
+    for name in names:
+        found = _RANK_FILE.fullmatch(name)
+        if rank == (0 if found is None else int(found[1])):
+            own[name if found is None else found[2]] = name
+    return own
+
+
+def first_of(name: str) -> str | None:
+    """What rank 0 calls a file that is another rank's; None: it is rank 0's."""
+    found = _RANK_FILE.fullmatch(name)
+    return None if found is None else found[2]
+
+
+def ranks_in(names: Iterable[str]) -> int:
+    """Of how many ranks a checkpoint is."""
+    return 1 + sum(first_of(name) == STATE for name in names)
 
 
 def _check(manifest: Manifest, where: str) -> None:

@@ -13,7 +13,8 @@ Rules (FORMAT.md has them as invariants of what is on the disk):
 6. A file that did not change is not written again: it gets a second name, for that of the second
    next older checkpoint; but never where the next older or the next newer one has that very file,
    as it has after one in between was deleted. So damage to a checkpoint leaves the next older one
-   sound. Before that it is read and its sum compared, so that damage is not handed on.
+   sound. Before that it is read and its sum compared, so that damage is not handed on. A file of
+   one rank that is the same as rank 0's of that name is a second name for that one.
 """
 
 from __future__ import annotations
@@ -180,7 +181,10 @@ def _publish(
         summing = {name: beside.submit(_described, content) for name, content in files.items()}
         for name, content in files.items():
             # A crash while writing leaves a temporary directory, which nobody reads.
-            if not _linked(disk, temporary / name, content, summing[name], earlier):
+            if not (
+                _linked_beside(disk, temporary, name, files, summing)
+                or _linked(disk, temporary / name, content, summing[name], earlier)
+            ):
                 disk.write(temporary / name, content)
         sums = {name: one.result() for name, one in summing.items()}
     for name in files:
@@ -244,6 +248,35 @@ def _linked(
     return disk.link(source, target)
 
 
+def _linked_beside(
+    disk: Disk,
+    temporary: Path,
+    name: str,
+    files: Mapping[str, Content],
+    summing: Mapping[str, Future[File]],
+) -> bool:
+    """Use the file that rank 0 calls so, if this rank's is the same, as weights often are."""
+    first = manifests.first_of(name)
+    if first is None or first not in files:
+        return False
+    with (
+        memoryview(files[first]) as theirs,
+        theirs.cast("B") as old,
+        memoryview(files[name]) as whole,
+        whole.cast("B") as new,
+    ):
+        if len(old) != len(new) or any(
+            old[at : at + _PIECE_BYTES] != new[at : at + _PIECE_BYTES] for at in _places(len(new))
+        ):
+            return False
+    if summing[name].result() != summing[first].result():
+        return False
+    try:
+        return disk.link(temporary / first, temporary / name)
+    except OSError:
+        return False  # then it is written, and what is wrong is said by that
+
+
 def _shared(disk: Disk, file: Path, other: Path) -> bool:
     try:
         return disk.identity(file) == disk.identity(other)
@@ -253,11 +286,15 @@ def _shared(disk: Disk, file: Path, other: Path) -> bool:
 
 def _alike(disk: Disk, old: Path, new: memoryview) -> bool:
     """Whether some pieces are equal. Where training changed a file, it changed about all of it."""
-    places = range(0, len(new), max(1, len(new) // _PIECES))
+    places = _places(len(new))
     pieces = disk.pieces(old, places, _PIECE_BYTES)
     return all(
         piece == new[at : at + _PIECE_BYTES] for piece, at in zip(pieces, places, strict=True)
     )
+
+
+def _places(length: int) -> range:
+    return range(0, length, max(1, length // _PIECES))
 
 
 def _described(content: Content) -> File:
@@ -300,8 +337,8 @@ def newest(
     return None, set_aside
 
 
-def verify(disk: Disk, path: Path) -> Manifest:
-    """Read all of a checkpoint and compare it with its manifest.
+def verify(disk: Disk, path: Path, *, rank: int | None = None) -> Manifest:
+    """Read all of a checkpoint, or what is a rank's in it, and compare it with its manifest.
 
     Raises:
         DamagedError: names the file, what was found and what was expected.
@@ -319,7 +356,9 @@ def verify(disk: Disk, path: Path) -> Manifest:
     order = retention.order_of(path.name)
     if order is not None and order[0] != manifest.step:
         raise DamagedError(f"{path}: its manifest says step {manifest.step}: it was renamed")
-    for name, expected in manifest.files.items():
+    wanted = manifest.files if rank is None else manifests.files_of(rank, manifest.files).values()
+    for name in wanted:
+        expected = manifest.files[name]
         if name not in names:
             raise DamagedError(f"{path / name}: missing; expected {expected.length} bytes")
         _compare(disk, path / name, expected)

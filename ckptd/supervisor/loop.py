@@ -17,7 +17,7 @@ import math
 import os
 import selectors
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +25,7 @@ from typing import Any, Final
 import msgspec
 
 from ckptd import wire
-from ckptd.errors import CkptdError, DamagedError, FencedError, ProtocolError
+from ckptd.errors import CkptdError, DamagedError, FencedError, MismatchError, ProtocolError
 from ckptd.host import children, clouds, disk, memory, slurm, stacks
 from ckptd.host.children import Child, Stranger
 from ckptd.host.clock import Clock
@@ -36,6 +36,7 @@ from ckptd.host.host import Notice as HostNotice
 from ckptd.host.memory import OomWatch
 from ckptd.host.signals import Signals
 from ckptd.store import fence, retention, store
+from ckptd.store import manifest as manifests
 from ckptd.store.manifest import File
 from ckptd.supervisor import machine, server
 from ckptd.supervisor.errands import Errands
@@ -49,12 +50,13 @@ from ckptd.supervisor.policy import (
     sized,
     space_short,
 )
+from ckptd.supervisor.ranks import Ranks, Worker
 from ckptd.supervisor.rhythm import Rhythm
 from ckptd.supervisor.run import JobFile, Run, SupervisorFile, boot_id, environment_for
 from ckptd.supervisor.scribe import Scribe
 from ckptd.supervisor.server import Peer, Server, close_all
 from ckptd.supervisor.terminal import Terminal
-from ckptd.supervisor.writer import Done, Job, Writer, is_sound
+from ckptd.supervisor.writer import Done, Job, Part, Writer, is_sound
 
 _CHUNK: Final = 1 << 16
 _TREE_POLL_S: Final = 0.02
@@ -63,6 +65,8 @@ _GLANCE_S: Final = 1.0  # how often the terminal's line and the rate are brought
 _MORE_TIME_S: Final = 30.0  # asked for anew at each glance
 _READS_S: Final = 5.0  # reading a checkpoint takes no longer, as a rule
 _LAST_LINES: Final = 20
+_LOST_S: Final = 10.0  # until a job of which a rank has died is ended, if its launcher does not
+_SENT_MAX: Final = 64
 #: No fault of the command's: it is tried until the disk is there again.
 _DISK_TROUBLE: Final = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOENT, errno.EACCES, errno.EPERM),
@@ -77,17 +81,14 @@ class _Attempt:
     number: int
     child: Child
     output: int  # read end of its output pipe
-    page_fd: int
-    page: wire.StatusPage
+    ranks: Ranks  # its workers
     checkpoint: Path | None
-    memory: Job | None  # the snapshot to restore; before the checkpoint
+    memory: Job | None  # the state to restore; before the checkpoint
     oom: OomWatch
-    ready: bool = False  # it is known what it restores: its worker may be welcomed
+    ready: bool = False  # it is known what it restores: its workers may be welcomed
     from_step: int = 0
-    worker_pid: int = 0
-    worker: Peer | None = None
-    had_worker: bool = False
-    stranger: Stranger | None = None  # its worker, where that is no descendant of ours
+    of_ranks: int | None = None  # of how many ranks is what it restores
+    lost_s: float = math.inf  # when the first of several ranks ended before its time
 
 
 class Loop:
@@ -138,6 +139,7 @@ class Loop:
             self._disk, run.path, lambda: self._number, policy.keep, clock.wall_s, terminal.say
         )
         self._held: dict[int, Job] = {}
+        self._sent: dict[int, dict[int, int]] = {}  # the newest states: each rank's own number
         self._sums: dict[int, Mapping[str, File]] = {}  # of those that are durable
         self._waiting: list[tuple[Peer, wire.Hello]] = []  # until it is known what to restore
         self._distrusted: dict[Path, str] = {}  # checkpoints that a worker could not read, and why
@@ -209,6 +211,8 @@ class Loop:
         due_s = machine.deadline(self._state)
         if due_s is not None and now_s >= due_s:
             self._tell(machine.Ticked(self._step()))
+        if self._attempt is not None:
+            self._attempt.ranks.look(now_s)
         self._glance(now_s)
         self._poll_cloud(now_s)
         self._look_at_fence(now_s)
@@ -232,7 +236,7 @@ class Loop:
 
     def _act_on_advice(self) -> None:
         """Save, and go on as long as it lasts; as soon as there is somebody to ask."""
-        attached = self._attempt is not None and self._attempt.worker is not None
+        attached = self._attempt is not None and self._attempt.ranks.attached()
         if self._advised and (attached or self._policy.flush_signal is not None):
             self._advised = False
             self._tell(machine.Signalled(machine.USR2))
@@ -263,6 +267,9 @@ class Loop:
 
     def _sleep_s(self) -> float | None:
         due_s = machine.deadline(self._state)
+        asks_s = math.inf if self._attempt is None else self._attempt.ranks.due_s()
+        if not math.isinf(asks_s):
+            due_s = asks_s if due_s is None else min(due_s, asks_s)
         sleep_s = None if due_s is None else max(0.0, due_s - self._clock.now_s())
         if isinstance(self._state.phase, machine.Ending):
             return min(_TREE_POLL_S, sleep_s or 0.0)
@@ -287,9 +294,8 @@ class Loop:
             case machine.Spawn(memory, older):
                 self._spawn(None if memory is None else self._held[memory], older=older)
             case machine.Request(serial, leave):
-                request = wire.Request.LEAVE if leave else wire.Request.FLUSH
                 assert attempt is not None, "a worker is attached"
-                attempt.page.words[wire.WORD_REQUEST] = wire.request_word(serial, request)
+                attempt.ranks.ask(serial, self._clock.now_s(), leave=leave)
             case machine.PassSignal(number):
                 if attempt is not None:
                     attempt.child.signal(number)
@@ -327,24 +333,33 @@ class Loop:
     def _release(self, generation: int) -> None:
         job = self._held.pop(generation, None)
         self._sums.pop(generation, None)
-        if job is None:
-            return
-        os.close(job.descriptor)
+        if job is not None:
+            self._let_go(job.parts, job.attempt)
+
+    def _let_go(self, parts: Sequence[Part], number: int) -> None:
+        """Of what the ranks of an attempt sent."""
         attempt = self._attempt
-        # A later worker counts its snapshots anew, and must not be told of another one's.
-        if attempt is not None and attempt.worker is not None and attempt.number == job.attempt:
-            attempt.worker.send_or_drop(wire.Released(generation))
+        for part in parts:
+            os.close(part.descriptor)
+            # A later worker counts its snapshots anew, and must not be told of another one's.
+            if attempt is not None and attempt.number == number:
+                worker = attempt.ranks.worker(part.rank)
+                if worker is not None and worker.peer is not None:
+                    worker.peer.send_or_drop(wire.Released(part.snapshot.generation))
 
     def _kill(self) -> None:
         children.kill_tree()
-        if self._attempt is not None and self._attempt.stranger is not None:
-            self._attempt.stranger.kill()
+        for stranger in self._strangers():
+            stranger.kill()
 
     def _is_gone(self) -> bool:
-        attempt = self._attempt
-        if attempt is not None and attempt.stranger is not None and not attempt.stranger.is_gone():
+        if not all(stranger.is_gone() for stranger in self._strangers()):
             return False
-        return children.tree_is_gone(None if attempt is None else attempt.child)
+        return children.tree_is_gone(None if self._attempt is None else self._attempt.child)
+
+    def _strangers(self) -> list[Stranger]:
+        workers = () if self._attempt is None else self._attempt.ranks
+        return [worker.stranger for worker in workers if worker.stranger is not None]
 
     def _spawn(self, snapshot: Job | None, *, older: bool) -> None:
         try:
@@ -358,7 +373,7 @@ class Loop:
         except (OSError, CkptdError) as error:
             self._tell(machine.SpawnFailed(f"a failure to start it ({error})"))
             return
-        sums = None if snapshot is None else self._sums.get(snapshot.snapshot.generation)
+        sums = None if snapshot is None else self._sums.get(snapshot.generation)
         if snapshot is None:
             self._look_for_newest(attempt, older=older)
         elif sums is None:
@@ -376,19 +391,21 @@ class Loop:
                 self._started(attempt, None)
                 return
             self._terminal.say(
-                f"the state of step {snapshot.snapshot.step} in memory is not what was written of "
+                f"the state of step {snapshot.step} in memory is not what was written of "
                 "it (the process that died may have written into it): the disk is used"
             )
             attempt.memory = None
             self._look_for_newest(attempt, older=False)
 
-        own = replace(snapshot, descriptor=os.dup(snapshot.descriptor))  # it may be let go of
+        # It may be let go of meanwhile.
+        parts = [replace(part, descriptor=os.dup(part.descriptor)) for part in snapshot.parts]
+        own = replace(snapshot, parts=parts)
 
         def look() -> bool:
             try:
                 return is_sound(own, sums)
             finally:
-                os.close(own.descriptor)
+                close_all([part.descriptor for part in parts])
 
         self._errands.ask("memory", look, found)
 
@@ -472,10 +489,7 @@ class Loop:
             raise
         finally:
             os.close(write_end)
-        page_fd = memory.make("ckptd-status", wire.PAGE_BYTES)
-        page = wire.StatusPage(memory.shared(page_fd, wire.PAGE_BYTES))
-        oom = OomWatch()
-        attempt = _Attempt(self._number, child, output, page_fd, page, None, snapshot, oom)
+        attempt = _Attempt(self._number, child, output, Ranks(), None, snapshot, OomWatch())
         self._attempt = attempt
         self._rhythm.started()
         self._gauge.started(self._clock.now_s(), from_memory=snapshot is not None)
@@ -493,8 +507,10 @@ class Loop:
         attempt.checkpoint = None if newest is None else newest.path
         step = None if newest is None else newest.step
         at = "from the beginning" if step is None else f"from step {step}"
+        if newest is not None:
+            attempt.of_ranks = manifests.ranks_in(newest.manifest.files)
         if snapshot is not None:
-            step = snapshot.snapshot.step
+            step, attempt.of_ranks = snapshot.step, len(snapshot.parts)
             at = f"from step {step} in memory"
         attempt.from_step = step or 0
         source = "disk" if snapshot is None else "memory"
@@ -507,10 +523,12 @@ class Loop:
             self._welcome(*self._waiting.pop(0))
 
     def _receipt(self, generation: int, why: str | None) -> None:
-        if self._attempt is None or self._attempt.worker is None:
-            return
-        message = wire.Durable(generation) if why is None else wire.NotDurable(generation, why)
-        self._attempt.worker.send(message)
+        attempt = self._attempt
+        for rank, number in self._sent.get(generation, {}).items():
+            worker = None if attempt is None else attempt.ranks.worker(rank)
+            if worker is not None and worker.peer is not None:
+                durable = wire.Durable(number)
+                worker.peer.send(durable if why is None else wire.NotDurable(number, why))
 
     def _end(self, code: int) -> None:
         if code == Exit.GAVE_UP:
@@ -528,17 +546,16 @@ class Loop:
         if attempt is None:
             return
         self._drain_output(attempt)
-        self._drop_worker()
+        for worker in attempt.ranks:
+            self._drop(worker)
         while self._waiting:
             self._waiting.pop()[0].close()
-        if attempt.stranger is not None:
-            attempt.stranger.close()
         for source in (attempt.child, attempt.output):
             self._forget(source)
         attempt.child.close()
-        attempt.page.close()
-        for descriptor in (attempt.output, attempt.page_fd):
-            os.close(descriptor)
+        attempt.ranks.close()
+        os.close(attempt.output)
+        self._sent.clear()
         self._attempt = None
 
     def _checkpoints(self) -> list[str]:
@@ -585,14 +602,17 @@ class Loop:
                 self._scribe.event("started", attempt=self._number, pid=attempt.child.pid)
                 attempt.ready = True  # what it would have restored is of no use any more
             cause = ("" if code == 0 else attempt.oom.found(code)) or ""
+            if code != 0 and not cause and attempt.ranks.lost is not None:
+                cause = _lost(attempt.ranks)
             if code != 0:
                 self._gauge.last_failure = f"{described(code)} {cause}".rstrip()
             self._tell(machine.Exited(code, self._step(), cause))
 
     def _hear_worker_out(self, attempt: _Attempt) -> None:
         """What the worker sent before it died counts, whichever descriptor was looked at first."""
-        while attempt.worker is not None and _readable(attempt.worker):
-            self._worker_spoke()
+        for worker in attempt.ranks:
+            while worker.peer is not None and _readable(worker.peer):
+                self._worker_spoke(worker)
 
     def _write_ended(self) -> None:
         done: Done = self._writer.take()
@@ -659,10 +679,19 @@ class Loop:
         why = None
         if hello.protocol != wire.PROTOCOL:
             why = f"it speaks protocol {hello.protocol}, this supervisor {wire.PROTOCOL}"
-        elif attempt is None or attempt.had_worker:
-            why = "another process of this attempt has attached already (one script, one job)"
+        elif attempt is None:
+            why = "no attempt runs"
+        else:
+            why = attempt.ranks.refusal(hello)
+            if why is None and attempt.of_ranks not in (None, hello.world_size):
+                why = (
+                    f"the job is of {hello.world_size} ranks now, and what it continues from of "
+                    f"{attempt.of_ranks}: start it with as many as before, or start over with "
+                    "`ckptd launch --fresh`"
+                )
+                self._refused(MismatchError.__name__, why)
         if why is not None or attempt is None:
-            peer.send(wire.TurnedAway(why or "no attempt runs"))
+            peer.send(wire.TurnedAway(why or ""))
             peer.close()
             return
         if self._job.facts is None:
@@ -673,7 +702,8 @@ class Loop:
         else:
             first = self._job.facts
         checkpoint = None if attempt.checkpoint is None else str(attempt.checkpoint)
-        memory = attempt.memory
+        state = None if attempt.memory is None else attempt.memory.parts[hello.rank]
+        worker = attempt.ranks.admit(hello, peer)
         peer.send(
             wire.Welcome(
                 self._job.name,
@@ -683,33 +713,34 @@ class Loop:
                 first,
                 self._policy.keep,
                 self._generation,
-                None if memory is None else memory.snapshot.table,
+                None if state is None else state.snapshot.table,
             ),
             [
-                *(attempt.page_fd, self._lock, attempt.output),
-                *([] if memory is None else [memory.descriptor]),
+                *(worker.page_fd, self._lock, attempt.output),
+                *([] if state is None else [state.descriptor]),
             ],
         )
-        attempt.worker, attempt.had_worker, attempt.worker_pid = peer, True, hello.pid
-        attempt.stranger = Stranger.of(peer.pid())
-        self._watch(peer, self._worker_spoke)
-        self._scribe.event("attached", attempt=attempt.number, pid=hello.pid)
-        self._tell(machine.WorkerAttached(own=hello.pid == attempt.child.pid))
-        self._act_on_advice()
+        self._watch(peer, lambda: self._worker_spoke(worker))
+        ranks = attempt.ranks
+        of = {} if ranks.size == 1 else {"rank": worker.rank, "ranks": ranks.size}
+        self._scribe.event("attached", attempt=attempt.number, pid=hello.pid, **of)
+        if ranks.complete():
+            self._tell(machine.WorkerAttached(own=hello.pid == attempt.child.pid))
+            self._act_on_advice()
 
-    def _worker_spoke(self) -> None:
+    def _worker_spoke(self, worker: Worker) -> None:
         attempt = self._attempt
         assert attempt is not None, "only then is it watched"
-        assert attempt.worker is not None, "the same"
+        assert worker.peer is not None, "the same"
         self._rhythm.alive()
         try:
-            received = attempt.worker.receive()
+            received = worker.peer.receive()
         except ProtocolError as error:
             self._terminal.say(str(error))
             return
         if received is None:
-            self._drop_worker()
-            self._tell(machine.WorkerDetached())
+            self._drop(worker)
+            self._detached(worker, attempt)
             return
         message, descriptors = received
         if isinstance(message, wire.Snapshot) and len(descriptors) == 1:
@@ -717,40 +748,85 @@ class Loop:
                 table = wire.table_in(memory.readable(descriptors[0]), message.table)
             except (ProtocolError, OSError, ValueError) as error:
                 close_all(descriptors)
-                self._unreadable(message.generation, str(error))
+                self._unreadable(worker, message.generation, str(error))
                 return
-            now_s = self._clock.now_s()
-            job = Job(message, table, descriptors[0], attempt.number, now_s)
-            self._held[message.generation] = job
-            self._generation = message.generation
-            self._gauge.taken(now_s, message.cost_s)
-            asked = wire.serial_of(message.asked)
-            self._tell(
-                machine.SnapshotCame(message.generation, message.step, asked, message.cost_s)
-            )
+            self._gather(Part(worker.rank, message, table, descriptors[0]), attempt)
             return
         close_all(descriptors)
-        self._heard(message)
+        self._heard(message, worker, attempt.ranks)
 
-    def _unreadable(self, generation: int, why: str) -> None:
+    def _gather(self, part: Part, attempt: _Attempt) -> None:
+        """A rank's snapshot: a state, as soon as there is one of each rank."""
+        now_s, ranks, asked = self._clock.now_s(), attempt.ranks, part.snapshot.asked
+        differ = ranks.answered(part.rank, asked, part.snapshot.place, now_s) if asked else None
+        parts, dropped = ranks.gather(part)
+        self._let_go(dropped, attempt.number)
+        if differ is not None:
+            self._scribe.event("told", text=differ)
+            self._terminal.say_once(differ)
+        if parts is None:
+            return
+        self._generation += 1
+        job = Job(self._generation, parts, attempt.number, now_s)
+        self._held[job.generation] = job
+        self._sent[job.generation] = {one.rank: one.snapshot.generation for one in parts}
+        while len(self._sent) > _SENT_MAX:
+            del self._sent[next(iter(self._sent))]
+        cost_s = max(one.snapshot.cost_s for one in parts)
+        serial = min(ranks.serial_of(one.snapshot.asked) for one in parts)
+        self._gauge.taken(now_s, cost_s)
+        self._tell(machine.SnapshotCame(job.generation, job.step, serial, cost_s))
+
+    def _stood(self, worker: Worker, ranks: Ranks, message: wire.Standing) -> None:
+        """A rank says that an earlier snapshot stands; the state of which it is a part."""
+        numbers = ranks.stood(worker.rank, message.asked, message.generation)
+        for generation, sent in self._sent.items():
+            if sent == numbers:
+                self._tell(machine.Stood(generation, ranks.serial_of(message.asked)))
+
+    def _detached(self, worker: Worker, attempt: _Attempt) -> None:
+        """A worker's connection ended: of several ranks the others can't go on without it."""
+        ranks = attempt.ranks
+        if ranks.size > 1 and not worker.finished and ranks.lost is None:
+            ranks.lost = worker.rank
+            attempt.lost_s = self._clock.now_s()
+        self._tell(machine.WorkerDetached())
+
+    def _look_for_lost(self, now_s: float) -> None:
+        """Launchers end what is left when a rank dies, but not all of them do."""
+        attempt = self._attempt
+        if attempt is not None and now_s - attempt.lost_s > _LOST_S:
+            attempt.lost_s = math.inf
+            self._gauge.last_failure = _lost(attempt.ranks)
+            self._tell(machine.WorkerLost(_lost(attempt.ranks), self._step()))
+
+    def _unreadable(self, worker: Worker, generation: int, why: str) -> None:
         """A snapshot is not what its message says: it is as one that could not be written."""
         self._terminal.say(why)
+        self._generation += 1
+        self._sent[self._generation] = {worker.rank: generation}
         if self._state.ledger.writing is None:
-            self._tell(machine.PublishFailed(generation, why, fenced=False))
+            self._tell(machine.PublishFailed(self._generation, why, fenced=False))
         else:  # the machine would take it for that one
-            self._receipt(generation, why)
+            self._receipt(self._generation, why)
 
-    def _heard(self, message: wire.ToSupervisor) -> None:
+    def _heard(self, message: wire.ToSupervisor, worker: Worker, ranks: Ranks) -> None:
         match message:
             case wire.Sized(length):
-                self._check_space(length)
-                self._tell(machine.Sized(length))
-            case wire.Standing(generation, asked):
-                self._tell(machine.Stood(generation, wire.serial_of(asked)))
+                worker.length = length
+                total = ranks.length()
+                if total is not None:
+                    self._check_space(total)
+                    self._tell(machine.Sized(total))
+            case wire.Standing():
+                self._stood(worker, ranks, message)
             case wire.Restored(step, seconds):
-                self._scribe.event("restored", step=step, seconds=round(seconds, 3))
+                worker.restored_s = seconds
+                slowest_s = ranks.restored_s()
+                if slowest_s is not None:
+                    self._scribe.event("restored", step=step, seconds=round(slowest_s, 3))
             case wire.Notice(number):
-                self._signalled(number)
+                self._noticed(number, ranks)
             case wire.Short(needed, available):
                 self._terminal.say_once(
                     f"a snapshot needs {needed >> 20} MiB of memory, {available >> 20} MiB are "
@@ -759,15 +835,26 @@ class Loop:
                 )
                 self._tell(machine.MemoryShort())
             case wire.Said(text):
-                self._scribe.event("said", text=text)
-                self._terminal.say(text)
+                if ranks.is_news(text):
+                    self._scribe.event("said", text=text)
+                    self._terminal.say(text if worker.rank == 0 else f"rank {worker.rank}: {text}")
             case wire.Refused(error, text):
                 self._scribe.event("refused", error=error, text=text)
                 self._refused(error, text)
             case wire.Bye(finished):
-                self._tell(machine.WorkerSaidBye(finished))
+                worker.finished = finished
+                if not finished or ranks.finished():
+                    self._tell(machine.WorkerSaidBye(finished))
             case _:
                 self._terminal.say(f"the worker sent a {type(message).__name__}: ignored")
+
+    def _noticed(self, number: int, ranks: Ranks) -> None:
+        """A worker was signalled: by the host, or by its launcher because another rank has died."""
+        attempt = self._attempt
+        if attempt is not None and ranks.size > 1:
+            self._hear_worker_out(attempt)  # of two that came at once, an end is the reason
+        if ranks.lost is None:
+            self._signalled(number)
 
     def _refused(self, error: str, text: str) -> None:
         attempt = self._attempt
@@ -799,12 +886,11 @@ class Loop:
 
         self._errands.ask("space", short, found)
 
-    def _drop_worker(self) -> None:
-        attempt = self._attempt
-        if attempt is not None and attempt.worker is not None:
-            self._forget(attempt.worker)
-            attempt.worker.close()
-            attempt.worker = None
+    def _drop(self, worker: Worker) -> None:
+        if worker.peer is not None:
+            self._forget(worker.peer)
+            worker.peer.close()
+            worker.peer = None
 
     def _asked(self, peer: Peer, ask: wire.Ask) -> None:
         if ask.what == "status":
@@ -825,7 +911,8 @@ class Loop:
     # -------------------------------------------------------------- looking at it
 
     def _step(self) -> int:
-        return 0 if self._attempt is None else int(self._attempt.page.words[wire.WORD_STEP])
+        page = None if self._attempt is None else self._attempt.ranks.page()
+        return 0 if page is None else int(page.words[wire.WORD_STEP])
 
     def _glance(self, now_s: float) -> None:
         """Bring the rate and the terminal's line up to date, about once a second."""
@@ -834,6 +921,7 @@ class Loop:
             return
         step, attempt = self._step(), self._attempt
         self._gauge.moved(now_s, step, begins=attempt is None or step <= attempt.from_step)
+        self._look_for_lost(now_s)
         self._look_for_hang(now_s)
         self._tell_host(now_s)
         writing = self._state.ledger.writing
@@ -850,18 +938,17 @@ class Loop:
 
     def _look_for_hang(self, now_s: float) -> None:
         attempt = self._attempt
-        if attempt is None or attempt.worker is None:
+        if attempt is None or not attempt.ranks.anybody():
             return
         step = self._step()
-        items = sum(loop.done for loop in attempt.page.loops())
         first = step <= attempt.from_step
-        stopped = stacks.is_stopped(attempt.worker_pid)
-        if stopped:
+        stopped = [worker.pid for worker in attempt.ranks if stacks.is_stopped(worker.pid)]
+        for pid in stopped:
             self._terminal.say_once(
-                f"process {attempt.worker_pid} was stopped (SIGSTOP, or a debugger): that is no "
-                "hang, and it may stay so"
+                f"process {pid} was stopped (SIGSTOP, or a debugger): that is no hang, and it may "
+                "stay so"
             )
-        self._rhythm.look(now_s, step, items, first=first, stopped=stopped)
+        self._rhythm.look(now_s, step, attempt.ranks.items(), first=first, stopped=bool(stopped))
         idle_s = self._rhythm.idle_s
         if self._rhythm.hangs():
             self._gauge.last_failure = f"a hang at step {step}"
@@ -883,8 +970,8 @@ class Loop:
             self._state,
             self._clock.now_s(),
             attempt=self._number,
-            page=None if attempt is None else attempt.page,
-            works=attempt is not None and attempt.worker is not None,
+            page=None if attempt is None else attempt.ranks.page(),
+            works=attempt is not None and attempt.ranks.attached(),
         )
 
     def _summary(self) -> str:
@@ -959,6 +1046,10 @@ class Loop:
         self._server.close()
         self._signals.close()
         self._selector.close()
+
+
+def _lost(ranks: Ranks) -> str:
+    return f"rank {ranks.lost} of {ranks.size} ended first"
 
 
 def _readable(source: Any) -> bool:

@@ -189,6 +189,14 @@ class Stalled:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """One of several workers ended before its time, and the command runs still."""
+
+    text: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Inspected:
     """What the processes of a job that hangs are doing is in the log."""
 
@@ -259,6 +267,7 @@ Fact = (
     | PublishFailed
     | Exited
     | Stalled
+    | WorkerLost
     | Inspected
     | TreeGone
     | Signalled
@@ -1145,6 +1154,23 @@ def _said_bye(state: State, phase: Phase, fact: WorkerSaidBye, now_s: float) -> 
     return replace(state, unfinished=not fact.finished), []
 
 
+def _lost(state: State, phase: Unattached | Attached, fact: WorkerLost, now_s: float) -> Turn:
+    """The other ranks wait for it, maybe for ever: the whole job is started again."""
+    if state.refused is not None:
+        purpose = Purpose(Why.REFUSED, state.refused)
+    elif isinstance(phase, Unattached) and phase.deadline_s is not None:
+        purpose = Purpose(Why.STOPPED, phase.stop)
+    else:
+        state = _count_failure(state, fact.step, fact.text)
+        purpose = Purpose(Why.FAILED, fact.text)
+    return _end_tree(state, purpose, now_s)
+
+
+def _lost_flushing(state: State, phase: Flushing, fact: WorkerLost, now_s: float) -> Turn:
+    state, actions = _end_tree(state, Purpose(Why.STOPPED, phase.stop), now_s)
+    return state, [Say(f"no safe point will come: {fact.text}"), *actions]
+
+
 # ------------------------------------------------------------------ answers: it hangs
 
 
@@ -1499,6 +1525,7 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     ),
     (Unattached, Exited): _exited_unattached,
     (Unattached, Stalled): _NO_WORKER,
+    (Unattached, WorkerLost): _lost,
     (Unattached, Inspected): _LATE,
     (Unattached, TreeGone): _RUNS,
     (Unattached, Signalled): _signal_unattached,
@@ -1520,6 +1547,7 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Attached, PublishFailed): _publish_failed,
     (Attached, Exited): _exited_attached,
     (Attached, Stalled): _stalled,
+    (Attached, WorkerLost): _lost,
     (Attached, Inspected): _LATE,
     (Attached, TreeGone): _RUNS,
     (Attached, Signalled): _signal_attached,
@@ -1541,6 +1569,7 @@ _ANSWERS: dict[tuple[type, type], Answerer] = {
     (Flushing, PublishFailed): _publish_failed_flushing,
     (Flushing, Exited): _exited_flushing,
     (Flushing, Stalled): _stalled_flushing,
+    (Flushing, WorkerLost): _lost_flushing,
     (Flushing, Inspected): _LATE,
     (Flushing, TreeGone): _RUNS,
     (Flushing, Signalled): _signal_flushing,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,14 +24,35 @@ from ckptd.store.manifest import File
 
 
 @dataclass(frozen=True)
-class Job:
-    """A snapshot to publish; the memfd stays the caller's. `attempt`: whose; `came_s`: when."""
+class Part:
+    """What one rank sent of a state; the memfd stays the caller's."""
 
+    rank: int
     snapshot: wire.Snapshot
     table: wire.Table
     descriptor: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A whole state to publish.
+
+    Attributes:
+        generation: counts the states of one supervisor.
+        parts: each rank's, in their order.
+        attempt: whose it is.
+        came_s: when it was whole.
+    """
+
+    generation: int
+    parts: Sequence[Part]
     attempt: int
     came_s: float = 0.0
+
+    @property
+    def step(self) -> int:
+        """Items of innermost loops that were done, as the first rank counts them."""
+        return self.parts[0].snapshot.step
 
 
 @dataclass(frozen=True)
@@ -95,15 +117,15 @@ class Writer:
                 self._prune()
 
     def _publish(self, job: Job) -> Done:
-        snapshot, attempt = job.snapshot, self._attempt()
+        attempt = self._attempt()
         try:
             done = publish(self._disk, self._run, job, attempt, self._wall_s())
         except FencedError as error:
-            return Done(snapshot.generation, snapshot.step, str(error), fenced=True)
+            return Done(job.generation, job.step, str(error), fenced=True)
         except Exception as error:  # noqa: BLE001  # whatever it is, the machine waits for an end
             why = str(error) if isinstance(error, CkptdError | OSError) else repr(error)
-            return Done(snapshot.generation, snapshot.step, why)
-        return Done(snapshot.generation, snapshot.step, files=done.manifest.files)
+            return Done(job.generation, job.step, why)
+        return Done(job.generation, job.step, files=done.manifest.files)
 
     def _prune(self) -> None:
         try:
@@ -113,34 +135,47 @@ class Writer:
 
 
 def is_sound(job: Job, files: Mapping[str, File]) -> bool:
-    """Whether a snapshot in memory is still what was written: a dying process writes anywhere."""
-    try:
-        table = wire.table_in(memory.readable(job.descriptor), job.snapshot.table)
-    except (ProtocolError, OSError, ValueError):
-        return False
-    if table != job.table:
-        return False
-    with memory.pieces(job.descriptor, wire.places(table.files)) as pieces:
+    """Whether a state in memory is still what was written: a dying process writes anywhere."""
+    for part in job.parts:
+        try:
+            table = wire.table_in(memory.readable(part.descriptor), part.snapshot.table)
+        except (ProtocolError, OSError, ValueError):
+            return False
+        if table != part.table:
+            return False
+    with _contents(job) as contents:
         return all(
-            len(piece) == files[name].length and manifests.sum_of(piece) == files[name].xxh3_128
-            for name, piece in pieces.items()
+            len(content) == files[name].length and manifests.sum_of(content) == files[name].xxh3_128
+            for name, content in contents.items()
         )
 
 
 def publish(disk: Disk, run: Path, job: Job, attempt: int, created: float) -> store.Checkpoint:
-    """Publish a snapshot that lies in a memfd, after the outputs that it counts on.
+    """Publish a state that lies in memfds, after the outputs that it counts on.
 
     Raises:
         NotDurableError, OSError: the disk refused.
         FencedError: a newer attempt exists.
     """
-    with memory.pieces(job.descriptor, wire.places(job.table.files)) as files:
+    with _contents(job) as files:
         return store.publish_attempt(
             disk,
             run,
-            step=job.snapshot.step,
+            step=job.step,
             attempt=attempt,
             files=files,
-            outputs=map(Path, job.table.outputs),
+            outputs=[Path(output) for part in job.parts for output in part.table.outputs],
             created=created,
         )
+
+
+@contextmanager
+def _contents(job: Job) -> Iterator[dict[str, memoryview]]:
+    """All files of a state, by their names in the checkpoint."""
+    with ExitStack() as stack:
+        contents = {}
+        for part in job.parts:
+            pieces = memory.pieces(part.descriptor, wire.places(part.table.files))
+            for name, content in stack.enter_context(pieces).items():
+                contents[manifests.rank_file(part.rank, name)] = content
+        yield contents

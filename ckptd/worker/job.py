@@ -30,9 +30,11 @@ from ckptd.errors import (
 )
 from ckptd.host import memory
 from ckptd.host.disk import RealDisk
+from ckptd.store import manifest as manifests
 from ckptd.store import store
 from ckptd.worker import callsite, dataloader, environment, rng, settings, snapshot, tree
 from ckptd.worker.arena import Arena, Arenas
+from ckptd.worker.ddp import Replicas
 from ckptd.worker.link import Link
 from ckptd.worker.loops import Loops
 from ckptd.worker.moments import Moment, StreamPosition
@@ -46,7 +48,11 @@ T = TypeVar("T")
 
 _EXIT_INTERRUPTED: Final = 75
 _EXIT_NOT_DURABLE: Final = 74
+#: Of one of several ranks: launchers such as torchrun take anything else for a failure, and say so.
+_EXIT_AS_ASKED: Final = 0
 _VALUES_EVERY_S: Final = 0.5
+_AGREES_POLL_S: Final = 0.0002
+_AGREES_WITHIN_S: Final = 10.0  # a supervisor that was stopped must not stop the training
 _VARS: Final = "vars"
 
 
@@ -192,7 +198,8 @@ class LaunchedJob(Job):
         self._arenas = Arenas()
         self._layouts = Layouts()
         self._resting = Resting()
-        hello = wire.Hello(wire.PROTOCOL, os.getpid(), _rank(), _world_size(), facts)
+        self._rank, self._ranks = _rank(), _world_size()
+        hello = wire.Hello(wire.PROTOCOL, os.getpid(), self._rank, self._ranks, facts)
         self._link = Link(address, hello, self._arenas)
         welcome = self._link.welcome
         self._run = self._arenas.directory = Path(welcome.run)
@@ -205,12 +212,14 @@ class LaunchedJob(Job):
         self._carriers: dict[str, Carrier] = {}
         self._unclaimed: dict[str, dict[str, Json]] = {}
         self._outputs = Outputs()
+        self._replicas = Replicas() if self._ranks > 1 else None
         self._values: dict[str, Any] = {}
         self._values_due_s = 0.0
         self._reader: Reader | None = None
         self._loops = self.make_loops()
         self._began_s = time.monotonic()
         self._pid = os.getpid()
+        self._stood_s = 0.0  # still, until it was agreed where to flush
         self._leaving = False
         self._said_once: set[str] = set()
         for text in environment.differences(welcome.environment, facts):
@@ -357,9 +366,14 @@ class LaunchedJob(Job):
         began_s = time.monotonic()
         word = int(self.words[wire.WORD_REQUEST])
         request = wire.request_of(word)
-        self.answered = word
         if request is wire.Request.ORPHANED:
             self._save_alone()
+        if self._ranks > 1:
+            due = self._is_due(word)
+            self._stood_s += time.monotonic() - began_s
+            if not due:
+                return
+        self.answered = word
         standing = self._loops.standing
         if standing:
             self._link.send(wire.Standing(standing, word))
@@ -372,12 +386,27 @@ class LaunchedJob(Job):
         if request is wire.Request.LEAVE:
             self._leave(generation)
 
+    def _is_due(self, word: int) -> bool:
+        """Stand still until it is agreed where to flush; whether that is here."""
+        page = self._link.page
+        until_s = time.monotonic() + _AGREES_WITHIN_S
+        while (target := page.agreed(word)) is None:
+            if self.words[wire.WORD_REQUEST] != word or time.monotonic() > until_s:
+                return False  # another request came, or nobody decides: the next safe point sees
+            time.sleep(_AGREES_POLL_S)
+        if not target:
+            self.answered = word  # it is asked again, when the ranks are nearer to each other
+            return False
+        return self._loops.position() >= target
+
     def _leave(self, generation: int) -> None:
         """Wait for the receipt and end. The state is in the supervisor's hands already."""
         receipt = self._link.receipt(generation)
         if receipt is None:
             self._save_alone()
-        self._exit(_EXIT_INTERRUPTED if isinstance(receipt, wire.Durable) else _EXIT_NOT_DURABLE)
+        if not isinstance(receipt, wire.Durable):
+            self._exit(_EXIT_NOT_DURABLE)
+        self._exit(_EXIT_INTERRUPTED if self._ranks == 1 else _EXIT_AS_ASKED)
 
     def _exit(self, code: int) -> None:
         self._leaving = True
@@ -410,6 +439,7 @@ class LaunchedJob(Job):
         document = {
             "format": snapshot.FORMAT,
             "components": components,
+            "replicas": {} if self._replicas is None else self._replicas.record(naming),
             "vars": writer.add(_VARS, tree.freeze(dict(self.vars.__dict__), "job.vars")),
             "position": self._loops.record(writer),
             "streams": {
@@ -424,7 +454,8 @@ class LaunchedJob(Job):
         self._outputs.durable(self._link.durable)
         outputs = self._outputs.unsynced()
         arena, table, place = writer.write(document, outputs, self._arenas, self._layouts)
-        return _Captured(arena, self._loops.step, table.files, table.outputs, place)
+        where = self._loops.described() if self._ranks > 1 else ""
+        return _Captured(arena, self._loops.step, table.files, table.outputs, place, where)
 
     def _announce_size(self) -> None:
         """Before the first step: about how much a snapshot will need.
@@ -464,8 +495,10 @@ class LaunchedJob(Job):
             captured.step,
             captured.table,
             asked,
-            time.monotonic() - began_s,
+            time.monotonic() - began_s + self._stood_s,
+            captured.place,
         )
+        self._stood_s = 0.0
         if asked:
             self._outputs.sent(self._generation)
         # Before it is sent: it may be let go of before `send` returns.
@@ -491,8 +524,9 @@ class LaunchedJob(Job):
             return Reader.of_memory(self._link.snapshot[0], welcome.memory)
         assert welcome.checkpoint is not None, "one of the two"
         path = Path(welcome.checkpoint)
-        manifest = store.verify(RealDisk(), path)
-        return Reader.of_directory(path, manifest.files)
+        # The supervisor has read all of it; what belongs to the other ranks is theirs to read.
+        manifest = store.verify(RealDisk(), path, rank=self._rank)
+        return Reader.of_directory(path, manifests.files_of(self._rank, manifest.files))
 
     def _begin_resuming(self, reader: Reader) -> None:
         self._reader = reader
@@ -547,6 +581,9 @@ class LaunchedJob(Job):
                     one.check(pairs[-1][1], naming)
         self._outputs.check()
         rng.check_global(document["generators"])
+        if self._replicas is not None:
+            with _reading("its gradient buckets", where):
+                self._replicas.restore(document["replicas"], naming, self.say_once)
         for one, saved in pairs:
             with _reading(f"`{one.name}`", where):
                 one.restore(saved, naming)
@@ -687,6 +724,7 @@ class _Captured:
     extents: list[wire.Extent]
     outputs: list[str]
     table: wire.Place
+    place: str
 
 
 def _publish_alone(run: Path, welcome: wire.Welcome, captured: _Captured) -> None:
@@ -789,16 +827,16 @@ def attach(named: dict[str, Any]) -> Job:
         for name, target in named.items():
             carrier_for(name, target)  # the same error with and without a supervisor
         return job
-    if _world_size() > 1:
-        raise UsageError(
-            f"this is rank {_rank()} of {_world_size()}: ckptd carries jobs of one process. "
-            "Start it with one process, or without `ckptd launch`."
-        )
     named = {**dataloader.tracked, **named}
     drill = os.environ.get(record.ENV_DRILL)
     if drill is None:
         _attached = LaunchedJob(address, named)
     else:
+        if _world_size() > 1:
+            raise UsageError(
+                f"this is rank {_rank()} of {_world_size()}: `ckptd drill` tries jobs of one "
+                "process; start it with one"
+            )
         from ckptd.worker.drilled import DrilledJob  # only a drill pays for it
 
         _attached = DrilledJob(address, named, Path(drill))

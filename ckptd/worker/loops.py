@@ -32,6 +32,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 from torch.utils.data import DataLoader
 
 from ckptd import wire
+from ckptd.agree import Position
 from ckptd.errors import CannotCarryError, LoopChangedError, ResumePointMissedError
 from ckptd.worker import callsite, dataloader, feeds, rng
 from ckptd.worker.feeds import Feed
@@ -232,6 +233,7 @@ class Loops:
         words, level = self._host.words, min(len(self._stack) - 2, wire.LOOPS_MAX - 1)
         slot = wire.WORD_LOOPS + wire.LOOP_WORDS * level
         words[slot + 1], words[slot + 2] = frame.feed.length or 0, int(frame.restart)
+        words[slot + 3] = frame.ordinal
         words[slot] = 0 if saved is None else saved.done
         words[wire.WORD_DEPTH] = level + 1
         if saved is None:
@@ -591,6 +593,18 @@ class Loops:
         return {**self._saved_streams, **live}
 
     # -------------------------------------------------------------- safe points
+
+    def position(self) -> Position:
+        """Where this rank is, as the others understand it."""
+        return tuple((frame.ordinal, frame.done) for frame in self._stack[1:])
+
+    def described(self) -> str:
+        """The same for a person, and exactly: two ranks are at one place if this is the same."""
+        open_frames = self.open_frames()
+        if not open_frames:
+            return "before the first loop"
+        levels = [f"{one.where} #{one.ordinal}, {_items(one.done)} done" for one in open_frames]
+        return f"{' > '.join(levels)} ({open_frames[-1].phase})"
 
     @property
     def standing(self) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -245,9 +245,14 @@ class Reader:
             )
 
     @classmethod
-    def of_directory(cls, path: Path, names: Iterable[str]) -> Reader:
-        """A checkpoint on disk: the files that its manifest lists, mapped, not read."""
-        return cls({name: memory.mapped(path / name) for name in names}, str(path))
+    def of_directory(cls, path: Path, files: Mapping[str, str]) -> Reader:
+        """A checkpoint on disk: mapped, not read.
+
+        Args:
+            path: its directory.
+            files: the names by which a rank knows its files, and those that they have there.
+        """
+        return cls({own: memory.mapped(path / name) for own, name in files.items()}, str(path))
 
     @classmethod
     def of_memory(cls, descriptor: int, table: wire.Place) -> Reader:

@@ -60,6 +60,7 @@ FACTS = (
     m.Exited(0, 10),
     m.Exited(-9, 10, "out of memory"),
     m.Stalled(1800.0, 10),
+    m.WorkerLost("rank 1 of 2 ended first", 10),
     m.Inspected(),
     m.TreeGone(),
     *(m.Signalled(number) for number in (m.HUP, m.INT, m.USR1, m.USR2, m.TERM)),

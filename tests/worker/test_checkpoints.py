@@ -63,7 +63,7 @@ def test_only_what_the_manifest_lists_is_opened(
     path = published(tmp_path / "run")
     extra(path / "extra.safetensors")
     manifest = store.verify(RealDisk(), path)
-    reader = Reader.of_directory(path, manifest.files)
+    reader = Reader.of_directory(path, {name: name for name in manifest.files})
     assert set(reader._files) == {"state.json", "model.safetensors"}
     (ref,) = reader.document["model"]["tensors"]
     assert torch.equal(reader.tensor(ref), WEIGHTS)

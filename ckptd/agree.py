@@ -1,0 +1,73 @@
+"""At which safe point several ranks flush: decided from where each of them is.
+
+A checkpoint of several ranks is one only if all took it at the same place of the script, with every
+collective between them done by all or by none. No rank waits for another one there, since that
+other may be within a collective that needs the first.
+
+Rules:
+
+1. Pure: positions in, a position out.
+2. A position is the chain of open loops, outermost first: for each the how-manieth loop it is
+   within the item around it, and how many of its items are done. Compared as tuples, positions
+   follow the order in which a script that is the same on all ranks comes to them.
+3. First all are asked to stand still at their next safe point. A rank that has passed one just
+   before it saw that is within the item after it, and stands still at the end of that. So from
+   then on no rank gets further than one item beyond what is read of it.
+4. The target is the end of the item in which the furthest rank is: nobody has passed it, and all
+   come to it. A rank flushes at its first safe point that is not before the target.
+5. The target lies in a loop that all ranks are in. Where they are not in the same innermost one (a
+   rank is between two loops, or in one that the others don't have), it is better to ask again a
+   little later: the end of an outer item may be far.
+
+The method is that of TensorFlow's preemption sync manager (publish the notice, freeze and read
+every task's step counter, take the largest plus one), with positions in place of counters, and the
+counters in shared memory, where they can be read while a rank is within a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+#: Per open loop, outermost first: which loop of the item around it, and how many items are done.
+Position = tuple[tuple[int, int], ...]
+
+
+def target(positions: Sequence[Position], *, patient: bool) -> Position | None:
+    """At or after which position every rank flushes, at its first safe point there.
+
+    Args:
+        positions: where each rank is.
+        patient: rather ask again than wait for the end of an outer loop's item.
+
+    Returns:
+        None: not now; let them go on, and ask again.
+    """
+    common = _common(positions)
+    depths = {len(one) for one in positions}
+    if depths == {common} and common:
+        return (*positions[0][:-1], _next(positions, common - 1))
+    following = {one[common][0] if len(one) > common else None for one in positions}
+    if len(following) == 1 and None not in following:
+        # All are in this loop, but not at the same item of it.
+        innermost = depths == {common + 1}
+        if innermost or not patient:
+            return (*positions[0][:common], _next(positions, common))
+        return None
+    if patient or not common:
+        return None
+    return (*positions[0][: common - 1], _next(positions, common - 1))
+
+
+def _common(positions: Sequence[Position]) -> int:
+    """In how many loops, from the outermost one on, all are at the same item."""
+    depth = 0
+    for level in zip(*positions, strict=False):
+        if len(set(level)) > 1:
+            break
+        depth += 1
+    return depth
+
+
+def _next(positions: Sequence[Position], level: int) -> tuple[int, int]:
+    """The end of the item of one loop in which the furthest rank is."""
+    return positions[0][level][0], max(one[level][1] for one in positions) + 1

@@ -1,0 +1,296 @@
+"""The workers of one attempt: a single process, or the ranks of a distributed job.
+
+Rules:
+
+1. A job is as many ranks as its first worker says (`WORLD_SIZE`), and it is attached when all are.
+2. Each has a connection, a status page and memories of its own. What they sent makes a state only
+   together: one snapshot of each, all taken at the same place of the script.
+3. A single process is asked through its page and answers at its next safe point. Several are asked
+   where they are first, and told at which safe point to answer (`agree`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from ckptd import agree, wire
+from ckptd.host import memory
+from ckptd.host.children import Stranger
+from ckptd.supervisor.server import Peer
+from ckptd.supervisor.writer import Part
+
+#: From when on a request that was written into a page is certainly seen: what a processor has
+#: written reaches the others within microseconds.
+_SEEN_S: Final = 0.002
+_ASK_AGAIN_S: Final = 0.02  # then twice as long, and so on
+_ASK_AGAIN_S_MAX: Final = 0.5
+_PATIENT_TRIES: Final = 8  # about two seconds
+_PENDING_MAX: Final = 2  # snapshots of one rank that wait for those of the others
+
+
+@dataclass
+class Worker:
+    """One rank.
+
+    Attributes:
+        peer: its connection; None: it ended.
+        stranger: its process, where that is no descendant of ours.
+        length: about how many bytes its snapshot will have; None: it has not said yet.
+        finished: what it said of its end; None: nothing.
+    """
+
+    rank: int
+    pid: int
+    page_fd: int
+    page: wire.StatusPage
+    peer: Peer | None
+    stranger: Stranger | None
+    length: int | None = None
+    restored_s: float | None = None
+    finished: bool | None = None
+
+
+@dataclass
+class _Request:
+    """A request to several ranks, until all have answered it.
+
+    Attributes:
+        word: as it stands in the pages.
+        due_s: when to look where they are, or to ask again; infinite: they know where to answer.
+        answers: where each has answered, by rank.
+        standing: the earlier snapshot that stands for each that is in a restart loop, by rank.
+    """
+
+    serial: int
+    leave: bool
+    word: int
+    due_s: float
+    frozen: bool = True
+    tries: int = 0
+    answers: dict[int, str] = field(default_factory=dict)
+    standing: dict[int, int] = field(default_factory=dict)
+
+
+class Ranks:
+    """See the module.
+
+    Attributes:
+        size: how many ranks there are; 0: nobody has attached yet.
+        lost: the rank that ended first although it had not finished; None: none has.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.lost: int | None = None
+        self._workers: dict[int, Worker] = {}
+        self._first = _page()
+        self._request: _Request | None = None
+        self._words: dict[int, int] = {}  # of the requests to several ranks: their serials
+        self._pending: dict[str, dict[int, Part]] = {}
+        self._told: set[str] = set()
+
+    # -------------------------------------------------------------- who is there
+
+    def page(self) -> wire.StatusPage:
+        """The first rank's; it is there before that has attached."""
+        return self._first[1]
+
+    def admit(self, hello: wire.Hello, peer: Peer) -> Worker:
+        """Take a worker in that `refusal` did not refuse."""
+        self.size = hello.world_size
+        page_fd, page = self._first if hello.rank == 0 else _page()
+        stranger = Stranger.of(peer.pid())
+        worker = Worker(hello.rank, hello.pid, page_fd, page, peer, stranger)
+        self._workers[hello.rank] = worker
+        return worker
+
+    def refusal(self, hello: wire.Hello) -> str | None:
+        """Why a process can't be one of this job's workers; None: it can."""
+        if not 0 <= hello.rank < hello.world_size:
+            return f"it says that it is rank {hello.rank} of {hello.world_size}"
+        if self.size not in (0, hello.world_size):
+            return f"it is one of {hello.world_size} ranks, and one of {self.size} has attached"
+        if hello.rank not in self._workers:
+            return None
+        if self.size == 1:
+            return "another process of this attempt has attached already (one script, one job)"
+        return (
+            f"rank {hello.rank} of this attempt has attached already. If torchrun has started it "
+            "again: ckptd starts the whole job again, leave --max-restarts at 0"
+        )
+
+    def attached(self) -> bool:
+        """Whether all ranks have attached, and none has ended."""
+        return 0 < self.size == sum(worker.peer is not None for worker in self)
+
+    def anybody(self) -> bool:
+        """Whether any rank is attached."""
+        return any(worker.peer is not None for worker in self)
+
+    def complete(self) -> bool:
+        """Whether all ranks have attached, whatever became of them."""
+        return 0 < self.size == len(self._workers)
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter([self._workers[rank] for rank in sorted(self._workers)])
+
+    def worker(self, rank: int) -> Worker | None:
+        """The worker of a rank; None: it has not attached."""
+        return self._workers.get(rank)
+
+    def finished(self) -> bool:
+        """Whether all have said that they came to their end."""
+        return self.complete() and all(worker.finished for worker in self)
+
+    def length(self) -> int | None:
+        """About how many bytes a snapshot of all will have; None: not all have said."""
+        lengths = [worker.length or 0 for worker in self if worker.length is not None]
+        return sum(lengths) if len(lengths) == self.size else None
+
+    def restored_s(self) -> float | None:
+        """How long the slowest took to restore; None: not all have."""
+        seconds = [worker.restored_s or 0 for worker in self if worker.restored_s is not None]
+        return max(seconds) if len(seconds) == self.size else None
+
+    def is_news(self, text: str) -> bool:
+        """Whether no other rank has said this already: most of it concerns all of them."""
+        news = self.size == 1 or text not in self._told
+        self._told.add(text)
+        return news
+
+    def items(self) -> int:
+        """Items done in the open loops of all ranks: it changes while anybody gets on."""
+        return sum(loop.done for worker in self for loop in worker.page.loops())
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for worker in self:
+            if worker.peer is not None:
+                worker.peer.close()
+            if worker.stranger is not None:
+                worker.stranger.close()
+            if worker.rank:
+                worker.page.close()
+                os.close(worker.page_fd)
+        self._first[1].close()
+        os.close(self._first[0])
+        for parts in self._pending.values():
+            for part in parts.values():
+                os.close(part.descriptor)
+
+    # -------------------------------------------------------------- what they sent
+
+    def gather(self, part: Part) -> tuple[list[Part] | None, list[Part]]:
+        """A rank's snapshot came.
+
+        Returns:
+            One of each rank if they are whole now, by rank; and those of which no state will be
+            made any more.
+        """
+        place = part.snapshot.place
+        together = self._pending.setdefault(place, {})
+        dropped = [together.pop(part.rank)] if part.rank in together else []
+        together[part.rank] = part
+        if len(together) == self.size:
+            older = list(self._pending)[: list(self._pending).index(place)]
+            dropped += [one for other in older for one in self._pending.pop(other).values()]
+            del self._pending[place]
+            return [together[rank] for rank in range(self.size)], dropped
+        waiting = [parts for parts in self._pending.values() if part.rank in parts]
+        if len(waiting) > _PENDING_MAX:
+            dropped.append(waiting[0].pop(part.rank))
+            self._pending = {where: parts for where, parts in self._pending.items() if parts}
+        return None, dropped
+
+    # -------------------------------------------------------------- asking them
+
+    def ask(self, serial: int, now_s: float, *, leave: bool) -> None:
+        """Ask all for a snapshot; `leave`: and to end when it is durable."""
+        if self.size > 1:
+            self._freeze(serial, now_s, leave=leave, tries=0)
+        else:
+            self.page().words[wire.WORD_REQUEST] = wire.request_word(serial, _kind(leave=leave))
+
+    def due_s(self) -> float:
+        """When `look` has something to do; infinite: not by itself."""
+        return math.inf if self._request is None else self._request.due_s
+
+    def look(self, now_s: float) -> None:
+        """See where the ranks are that were asked to stand still, and tell them where to answer."""
+        request = self._request
+        if request is None or now_s < request.due_s:
+            return
+        if not request.frozen:
+            self._freeze(request.serial, now_s, leave=request.leave, tries=request.tries)
+            return
+        patient = request.tries < _PATIENT_TRIES
+        target = agree.target([worker.page.position() for worker in self], patient=patient)
+        for worker in self:
+            worker.page.agree(request.word, target)
+        if target is None:
+            self._ask_later(request, now_s)
+        else:
+            request.due_s = math.inf
+
+    def answered(self, rank: int, word: int, place: str, now_s: float) -> str | None:
+        """A rank has answered; what to say if the ranks did so at different places."""
+        request = self._request
+        if request is None or request.word != word:
+            return None
+        request.answers[rank] = place
+        if len(request.answers) < self.size:
+            return None
+        self._request = None
+        if len(set(request.answers.values())) == 1:
+            return None
+        self._request = request
+        self._ask_later(request, now_s)
+        one, other = sorted(set(request.answers.values()))[:2]
+        ranks = {where: number for number, where in request.answers.items()}
+        return (
+            f"the ranks do not go through the same loops: rank {ranks[one]} was at {one}, rank "
+            f"{ranks[other]} at {other}. No checkpoint can be made there. A loop that not all "
+            "ranks go through must be a plain `for`, without job.loop"
+        )
+
+    def stood(self, rank: int, word: int, generation: int) -> dict[int, int] | None:
+        """A rank answered that an earlier snapshot stands; those of all ranks, once all did."""
+        if self.size == 1:
+            return {rank: generation}
+        request = self._request
+        if request is None or request.word != word:
+            return None
+        request.standing[rank] = generation
+        if len(request.standing) < self.size:
+            return None
+        self._request = None
+        return request.standing
+
+    def serial_of(self, word: int) -> int:
+        """The serial of the request that a word is; 0: it is none."""
+        return self._words.get(word, 0) if self.size > 1 else wire.serial_of(word)
+
+    def _freeze(self, serial: int, now_s: float, *, leave: bool, tries: int) -> None:
+        word = wire.request_word(len(self._words) + 1, _kind(leave=leave))
+        self._words[word] = serial
+        self._request = _Request(serial, leave, word, now_s + _SEEN_S, tries=tries)
+        for worker in self:
+            worker.page.words[wire.WORD_REQUEST] = word
+
+    def _ask_later(self, request: _Request, now_s: float) -> None:
+        request.due_s = now_s + min(_ASK_AGAIN_S * 2**request.tries, _ASK_AGAIN_S_MAX)
+        request.tries += 1
+        request.frozen = False
+
+
+def _kind(*, leave: bool) -> wire.Request:
+    return wire.Request.LEAVE if leave else wire.Request.FLUSH
+
+
+def _page() -> tuple[int, wire.StatusPage]:
+    descriptor = memory.make("ckptd-status", wire.PAGE_BYTES)
+    return descriptor, wire.StatusPage(memory.shared(descriptor, wire.PAGE_BYTES))

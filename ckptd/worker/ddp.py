@@ -1,0 +1,151 @@
+"""`DistributedDataParallel`: in which order gradients are reduced.
+
+It lays parameters out in buckets when it is made, and once more after its first iteration, in the
+order in which their gradients became ready then. Buckets decide which elements are summed at which
+place of a ring, and so, from three ranks on, about the last bit of the sums. A process that resumes
+has made its first iteration long ago: it has to begin with the buckets of then.
+
+There is no way to set them. But the order can be shown again: a backward pass that reaches every
+parameter in the order of the record, with gradients of zero, leaves the reducer as the first
+iteration has left it. It runs at the resume point, on all ranks, before anything is restored.
+
+Sources: torch's `reducer.cpp` (`rebuild_buckets`, `push_rebuilt_params`) and `logger.cpp` (the
+indices of parameters that are read here), and `DistributedDataParallel._pre_forward` and
+`_post_forward`, of which the pass here makes the same calls.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from ckptd.worker.tree import Json
+
+_REBUILT: Final = "rebuilt_per_bucket_param_indices"
+_READY: Final = "prev_iteration_grad_ready_order_indices"
+
+
+class Replicas:
+    """The `DistributedDataParallel` modules of this process, those that are made later too."""
+
+    def __init__(self) -> None:
+        self._found: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet(
+            one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)
+        )
+        self._rebuilt: weakref.WeakKeyDictionary[DistributedDataParallel, str] = (
+            weakref.WeakKeyDictionary()
+        )
+        register_module_module_registration_hook(self._note)
+
+    def _note(self, parent: torch.nn.Module, name: str, child: object) -> None:  # noqa: ARG002
+        if isinstance(parent, DistributedDataParallel):
+            self._found.add(parent)
+
+    def record(self, names: dict[int, str]) -> dict[str, Json]:
+        """For each, by the name of its first parameter: the buckets, or what they will follow.
+
+        Args:
+            names: `id(parameter)` -> name, of all that is tracked.
+        """
+        found: dict[str, Json] = {}
+        for one in self._found:
+            key = _key(one, names)
+            if key is not None and not one.find_unused_parameters:
+                found[key] = {
+                    "rebuilt": self._buckets(one),
+                    "ready": _logged(one).get(_READY, ""),
+                    "static": bool(one.static_graph),
+                }
+        return found
+
+    def restore(
+        self, saved: dict[str, Json], names: dict[int, str], say: Callable[[str], object]
+    ) -> None:
+        """Make the buckets what they were; called by all ranks at the same place."""
+        # In the order of the record, so that all ranks reduce the same at the same time.
+        by_key = {_key(one, names): one for one in self._found}
+        for key, record in saved.items():
+            one = by_key.get(key)
+            order = record["rebuilt"] or record["ready"]
+            if one is None or not order:
+                continue
+            if record["static"]:
+                say(
+                    "DistributedDataParallel(static_graph=True) can't be given the buckets that it "
+                    "had: from three ranks on, sums of gradients may differ in their last bit"
+                )
+                continue
+            indices = [int(index) for index in order.replace(",", " ").split()]
+            _show(one, indices, rebuild=bool(record["rebuilt"]))
+            if record["rebuilt"] and self._buckets(one) != record["rebuilt"]:
+                say(
+                    f"the gradient buckets of the DistributedDataParallel of {key} are not what "
+                    "they were: from three ranks on, sums may differ in their last bit"
+                )
+
+    def _buckets(self, one: DistributedDataParallel) -> str:
+        """Which parameters are in which bucket; empty: it has not laid them out again yet."""
+        known = self._rebuilt.get(one)
+        if known is None:
+            assert one.logger is not None, "set when it is made"
+            one.logger.set_runtime_stats_and_log()  # else it tells what was before the last pass
+            known = _logged(one).get(_REBUILT, "")
+            if known:
+                self._rebuilt[one] = known
+        return known
+
+
+class _Link(torch.autograd.Function):
+    """One of a chain: backward, it hands a zero to its parameter, and goes on to the one before."""
+
+    @staticmethod
+    def forward(ctx: Any, before: torch.Tensor, parameter: torch.Tensor, zero: Any) -> torch.Tensor:  # noqa: ARG004
+        ctx.zero = zero
+        return before.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return grad, ctx.zero(), None
+
+
+def _show(one: DistributedDataParallel, order: list[int], *, rebuild: bool) -> None:
+    """A backward pass that reaches the parameters in this order."""
+    # The indices count in these.
+    parameters, sparse = one._build_params_for_reducer()  # type: ignore[no-untyped-call]  # noqa: SLF001
+    kept = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    with torch.enable_grad():
+        end = torch.zeros((), device=parameters[0].device, requires_grad=True)
+        for index in reversed(order):
+            zero = partial(_zero, parameters[index], sparse=sparse[index])
+            end = _Link.apply(end, parameters[index], zero)  # type: ignore[no-untyped-call]
+        one.reducer.prepare_for_forward()
+        one.reducer.prepare_for_backward([])
+        end.backward()  # type: ignore[no-untyped-call]
+    if rebuild:
+        one.reducer._rebuild_buckets()  # noqa: SLF001  # what the next forward would begin with
+    for parameter, grad in zip(parameters, kept, strict=True):
+        parameter.grad = grad
+
+
+def _zero(parameter: torch.Tensor, *, sparse: bool) -> torch.Tensor:
+    zero = torch.zeros_like(parameter)
+    return zero.to_sparse(1) if sparse else zero
+
+
+def _key(one: DistributedDataParallel, names: dict[int, str]) -> str | None:
+    return next((names[id(p)] for p in one.module.parameters() if id(p) in names), None)
+
+
+def _logged(one: DistributedDataParallel) -> dict[str, str]:
+    # torch's documented way to know.
+    found: dict[str, str] = one._get_ddp_logging_data()  # type: ignore[no-untyped-call]  # noqa: SLF001
+    return found
