@@ -62,6 +62,12 @@ class NotDurableError(CkptdError, OSError):
     exit_code = 74
 
 
+class SilentRanksError(CkptdError):
+    """The ranks of a job whose supervisor is gone could not save together."""
+
+    exit_code = 74
+
+
 class DamagedError(CkptdError, ValueError):
     """A checkpoint is torn, edited or corrupt: it must not be loaded."""
 

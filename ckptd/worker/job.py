@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Literal, TypeVar
@@ -32,12 +32,13 @@ from ckptd.host import memory
 from ckptd.host.disk import RealDisk
 from ckptd.store import manifest as manifests
 from ckptd.store import store
-from ckptd.worker import callsite, dataloader, environment, rng, settings, snapshot, tree
+from ckptd.worker import callsite, dataloader, environment, orphans, rng, settings, snapshot, tree
 from ckptd.worker.arena import Arena, Arenas
 from ckptd.worker.ddp import Replicas
 from ckptd.worker.link import Link
 from ckptd.worker.loops import Loops
 from ckptd.worker.moments import Moment, StreamPosition
+from ckptd.worker.orphans import Orphans
 from ckptd.worker.outputs import Outputs
 from ckptd.worker.resting import Resting
 from ckptd.worker.snapshot import Layouts, Reader, Writer
@@ -200,7 +201,8 @@ class LaunchedJob(Job):
         self._resting = Resting()
         self._rank, self._ranks = _rank(), _world_size()
         hello = wire.Hello(wire.PROTOCOL, os.getpid(), self._rank, self._ranks, facts)
-        self._link = Link(address, hello, self._arenas)
+        self._orphans: Orphans | None = None
+        self._link = Link(address, hello, self._arenas, self._orphaned)
         welcome = self._link.welcome
         self._run = self._arenas.directory = Path(welcome.run)
         self._arenas.on_spilled = self._spilled
@@ -366,14 +368,14 @@ class LaunchedJob(Job):
         began_s = time.monotonic()
         word = int(self.words[wire.WORD_REQUEST])
         request = wire.request_of(word)
-        if request is wire.Request.ORPHANED:
-            self._save_alone()
         if self._ranks > 1:
             due = self._is_due(word)
             self._stood_s += time.monotonic() - began_s
             if not due:
                 return
         self.answered = word
+        if request is wire.Request.ORPHANED:
+            self._save_alone()
         standing = self._loops.standing
         if standing:
             self._link.send(wire.Standing(standing, word))
@@ -391,6 +393,8 @@ class LaunchedJob(Job):
         page = self._link.page
         until_s = time.monotonic() + _AGREES_WITHIN_S
         while (target := page.agreed(word)) is None:
+            if self._orphans is not None and self._orphans.failed is not None:
+                self._give_up(self._orphans.failed)
             if self.words[wire.WORD_REQUEST] != word or time.monotonic() > until_s:
                 return False  # another request came, or nobody decides: the next safe point sees
             time.sleep(_AGREES_POLL_S)
@@ -403,6 +407,8 @@ class LaunchedJob(Job):
         """Wait for the receipt and end. The state is in the supervisor's hands already."""
         receipt = self._link.receipt(generation)
         if receipt is None:
+            if self._ranks > 1:
+                return  # the others may not be here: on, to where they and this one agree to save
             self._save_alone()
         if not isinstance(receipt, wire.Durable):
             self._exit(_EXIT_NOT_DURABLE)
@@ -505,15 +511,59 @@ class LaunchedJob(Job):
         self._arenas.sent(self._generation, captured.arena)
         self._link.send(message, [captured.arena.descriptor])
 
+    def _orphaned(self, link: Link) -> None:
+        """The supervisor is gone; called from the link's thread."""
+        if self._ranks > 1:
+            run, attempt = Path(link.welcome.run), link.welcome.attempt
+            self._orphans = Orphans(RealDisk(), run, attempt, self._rank, self._ranks)
+            self._orphans.agree(link.page)
+        else:
+            link.page.words[wire.WORD_REQUEST] = orphans.word_of(0)
+
     def _save_alone(self) -> None:
         """The supervisor is gone: publish the state from here, and leave."""
         captured = self._kept or self._capture()
         try:
-            _publish_alone(self._run, self._link.welcome, captured)
-        except CkptdError as error:
-            print(f"ckptd: {error}", file=sys.stderr, flush=True)  # nobody else can
-            self._exit(error.exit_code)
+            if self._orphans is None:
+                _publish_alone(self._run, self._link.welcome, {0: captured.part()}, captured.step)
+            else:
+                self._save_together(captured, self._orphans)
+        except (CkptdError, OSError) as error:
+            self._give_up(str(error), getattr(error, "exit_code", _EXIT_NOT_DURABLE))
         self._exit(_EXIT_INTERRUPTED)
+
+    def _save_together(self, captured: _Captured, others: Orphans) -> None:
+        """What one of several ranks does then.
+
+        Raises:
+            CkptdError, OSError: this state is not durable.
+        """
+        told = orphans.Told(captured.step, captured.place, captured.table)
+        if self._rank:
+            others.leave_snapshot(told, memory.readable(captured.arena.descriptor))
+            others.check_outcome()
+            return
+        why = ""
+        try:
+            self._publish_all(captured, others.snapshots(told))
+        except (CkptdError, OSError) as error:
+            why = str(error)
+            raise
+        finally:
+            others.tell_outcome(why)
+
+    def _publish_all(self, own: _Captured, others: dict[int, tuple[orphans.Told, Path]]) -> None:
+        parts = {0: own.part()}
+        with ExitStack() as stack:
+            for rank, (told, path) in others.items():
+                file = stack.enter_context(path.open("rb"))
+                table = wire.table_in(memory.readable(file.fileno()), told.table)
+                parts[rank] = file.fileno(), table
+            _publish_alone(self._run, self._link.welcome, parts, own.step)
+
+    def _give_up(self, why: str, code: int = _EXIT_NOT_DURABLE) -> None:
+        print(f"ckptd: {why}", file=sys.stderr, flush=True)  # nobody else can
+        self._exit(code)
 
     # -------------------------------------------------------------- restoring
 
@@ -726,23 +776,34 @@ class _Captured:
     table: wire.Place
     place: str
 
+    def part(self) -> tuple[int, wire.Table]:
+        """The descriptor of the memory, and what is where in it."""
+        return self.arena.descriptor, wire.Table(self.extents, self.outputs)
 
-def _publish_alone(run: Path, welcome: wire.Welcome, captured: _Captured) -> None:
-    """Publish a snapshot from the worker, with the supervisor's own function.
+
+def _publish_alone(
+    run: Path, welcome: wire.Welcome, parts: dict[int, tuple[int, wire.Table]], step: int
+) -> None:
+    """Publish snapshots, by rank, from the worker, with the supervisor's own function.
 
     Raises:
         NotDurableError: the disk refused.
         FencedError: a newer attempt of the job runs somewhere.
     """
     disk = RealDisk()
-    with memory.pieces(captured.arena.descriptor, wire.places(captured.extents)) as files:
+    with ExitStack() as stack:
+        files = {}
+        for rank, (descriptor, table) in parts.items():
+            pieces = memory.pieces(descriptor, wire.places(table.files))
+            for name, content in stack.enter_context(pieces).items():
+                files[manifests.rank_file(rank, name)] = content
         store.publish_attempt(
             disk,
             run,
-            step=captured.step,
+            step=step,
             attempt=welcome.attempt,
             files=files,
-            outputs=map(Path, captured.outputs),
+            outputs=[Path(output) for _, table in parts.values() for output in table.outputs],
             created=time.time(),
         )
     try:

@@ -19,7 +19,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -36,7 +36,6 @@ _FORWARDED: Final = (
     signal.SIGUSR2,
 )
 _STDERR: Final = 2
-_ORPHANED: Final = wire.request_word(2**60, wire.Request.ORPHANED)
 
 
 class Link:
@@ -46,6 +45,8 @@ class Link:
         address: the socket's path (`CKPTD_SOCKET`).
         hello: what is said first.
         arenas: told when the supervisor has let go of a snapshot's memory.
+        on_orphaned: called when the supervisor is gone, from the link's thread; it asks for what is
+            to happen through the page.
 
     Attributes:
         welcome: what the supervisor answered.
@@ -56,8 +57,14 @@ class Link:
         CkptdError: nobody listens there, or the supervisor turns this process away.
     """
 
-    def __init__(self, address: str, hello: wire.Hello, arenas: Arenas) -> None:
-        self._arenas = arenas
+    def __init__(
+        self,
+        address: str,
+        hello: wire.Hello,
+        arenas: Arenas,
+        on_orphaned: Callable[[Link], object],
+    ) -> None:
+        self._arenas, self._on_orphaned = arenas, on_orphaned
         self._pid = os.getpid()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -161,7 +168,7 @@ class Link:
                     self._changed.notify_all()
         with self._changed:
             self._orphaned = True
-            self.page.words[wire.WORD_REQUEST] = _ORPHANED
+            self._on_orphaned(self)
             self._changed.notify_all()
         self._keep_output_flowing()
 

@@ -43,7 +43,7 @@ def welcome(run: Path, keep: int = 1) -> wire.Welcome:
 
 def published(run: Path, step: int = 1) -> Path:
     run.mkdir(exist_ok=True)
-    jobs._publish_alone(run, welcome(run), captured(step))
+    jobs._publish_alone(run, welcome(run), {0: captured(step).part()}, step)
     return run / "checkpoints" / f"{step:09d}"
 
 
