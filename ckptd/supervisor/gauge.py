@@ -91,6 +91,7 @@ class Gauge:
         attempt: int,
         page: wire.StatusPage | None,
         works: bool,
+        ranks: str = "",
     ) -> Facts:
         """All of it, by names that `ckptd status` shows.
 
@@ -100,12 +101,14 @@ class Gauge:
             attempt: the attempt's number.
             page: the running attempt's; None: none runs.
             works: whether a worker is attached.
+            ranks: of several ranks, how many are.
         """
         durable_s = None if self._durable_s is None else now_s - self._durable_s
         rate, values = self._rate(), {} if page is None else page.values()
         return {
             "state": type(state.phase).__name__.lower(),
             "attempt": attempt,
+            "ranks": ranks or None,
             "step": 0 if page is None else int(page.words[wire.WORD_STEP]),
             "place": "" if page is None else _place(page),
             "rate": None if rate is None else round(rate, 3),

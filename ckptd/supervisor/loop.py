@@ -722,9 +722,10 @@ class Loop:
         )
         self._watch(peer, lambda: self._worker_spoke(worker))
         ranks = attempt.ranks
-        of = {} if ranks.size == 1 else {"rank": worker.rank, "ranks": ranks.size}
-        self._scribe.event("attached", attempt=attempt.number, pid=hello.pid, **of)
+        if ranks.size > 1:
+            self._scribe.event("rank attached", rank=worker.rank, ranks=ranks.size, pid=hello.pid)
         if ranks.complete():
+            self._scribe.event("attached", attempt=attempt.number, pid=hello.pid)
             self._tell(machine.WorkerAttached(own=hello.pid == attempt.child.pid))
             self._act_on_advice()
 
@@ -972,6 +973,7 @@ class Loop:
             attempt=self._number,
             page=None if attempt is None else attempt.ranks.page(),
             works=attempt is not None and attempt.ranks.attached(),
+            ranks="" if attempt is None else attempt.ranks.described(),
         )
 
     def _summary(self) -> str:

@@ -131,6 +131,13 @@ class Ranks:
         """Whether any rank is attached."""
         return any(worker.peer is not None for worker in self)
 
+    def described(self) -> str:
+        """How many of several ranks are attached, for a person; empty: it is no such job."""
+        if self.size < 2:
+            return ""
+        attached = sum(worker.peer is not None for worker in self)
+        return str(self.size) if attached == self.size else f"{attached} of {self.size} attached"
+
     def complete(self) -> bool:
         """Whether all ranks have attached, whatever became of them."""
         return 0 < self.size == len(self._workers)
