@@ -66,6 +66,7 @@ _MORE_TIME_S: Final = 30.0  # asked for anew at each glance
 _READS_S: Final = 5.0  # reading a checkpoint takes no longer, as a rule
 _LAST_LINES: Final = 20
 _LOST_S: Final = 10.0  # until a job of which a rank has died is ended, if its launcher does not
+_COMES_S: Final = 60.0  # for as long, others may come later than the first rank
 _SENT_MAX: Final = 64
 #: No fault of the command's: it is tried until the disk is there again.
 _DISK_TROUBLE: Final = {
@@ -88,6 +89,7 @@ class _Attempt:
     ready: bool = False  # it is known what it restores: its workers may be welcomed
     from_step: int = 0
     of_ranks: int | None = None  # of how many ranks is what it restores
+    came_s: float = math.inf  # when the first worker attached
     lost_s: float = math.inf  # when the first of several ranks ended before its time
 
 
@@ -704,6 +706,7 @@ class Loop:
         checkpoint = None if attempt.checkpoint is None else str(attempt.checkpoint)
         state = None if attempt.memory is None else attempt.memory.parts[hello.rank]
         worker = attempt.ranks.admit(hello, peer)
+        attempt.came_s = min(attempt.came_s, self._clock.now_s())
         peer.send(
             wire.Welcome(
                 self._job.name,
@@ -796,6 +799,13 @@ class Loop:
     def _look_for_lost(self, now_s: float) -> None:
         """Launchers end what is left when a rank dies, but not all of them do."""
         attempt = self._attempt
+        if attempt is not None and now_s - attempt.came_s > _COMES_S:
+            missing = attempt.ranks.missing()
+            if missing:
+                self._terminal.say_once(
+                    f"of {attempt.ranks.size} ranks, {missing} has not called ckptd.attach yet: "
+                    "every rank has to. Until then nothing can be saved"
+                )
         if attempt is not None and now_s - attempt.lost_s > _LOST_S:
             attempt.lost_s = math.inf
             self._gauge.last_failure = _lost(attempt.ranks)

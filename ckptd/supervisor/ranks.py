@@ -29,6 +29,7 @@ _SEEN_S: Final = 0.002
 _ASK_AGAIN_S: Final = 0.02  # then twice as long, and so on
 _ASK_AGAIN_S_MAX: Final = 0.5
 _PATIENT_TRIES: Final = 8  # about two seconds
+_NAMED_MAX: Final = 8
 _PENDING_MAX: Final = 2  # snapshots of one rank that wait for those of the others
 
 
@@ -130,6 +131,12 @@ class Ranks:
     def anybody(self) -> bool:
         """Whether any rank is attached."""
         return any(worker.peer is not None for worker in self)
+
+    def missing(self) -> str:
+        """Which of them have not attached, for a person; empty: none."""
+        missing = [str(rank) for rank in range(self.size) if rank not in self._workers]
+        few = ", ".join(missing[:_NAMED_MAX])
+        return few if len(missing) <= _NAMED_MAX else f"{few} and {len(missing) - _NAMED_MAX} more"
 
     def described(self) -> str:
         """How many of several ranks are attached, for a person; empty: it is no such job."""
