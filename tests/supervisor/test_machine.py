@@ -421,6 +421,37 @@ def test_a_stop_of_a_job_that_hangs() -> None:
         assert ended(actions) == [Exit.INTERRUPTED]
 
 
+LOST = m.WorkerLost("rank 1 of 2 ended first", 45)
+
+
+def test_a_rank_that_is_lost_is_a_failure() -> None:
+    """The others may wait for it for ever: the whole is ended, saved and started again."""
+    held = m.SnapshotCame(1, 40, 0)
+    state, _ = after(at(m.Attached(NOW + 300)), held, m.WorkerDetached())
+    state, actions = after(state, LOST)
+    assert m.KillTree() in actions
+    state, actions = after(state, m.TreeGone(), m.Published(1, 40))
+    assert isinstance(state.phase, m.Pausing)
+    assert state.failures == 1
+    assert "rank 1 of 2 ended first at step 45" in str(actions)
+
+
+def test_a_rank_that_is_lost_while_the_job_is_to_leave() -> None:
+    """No safe point will come: what is in memory is saved, and it is a stop still."""
+    state, _ = after(at(m.Attached(NOW + 300)), m.SnapshotCame(1, 40, 0), m.Signalled(m.TERM))
+    state, actions = after(state, m.WorkerDetached(), LOST)
+    assert m.KillTree() in actions
+    _, actions = after(state, m.TreeGone(), m.Published(1, 40))
+    assert ended(actions) == [Exit.INTERRUPTED]
+
+
+def test_a_rank_that_is_lost_although_it_was_refused() -> None:
+    """What starting again would not mend is not tried again."""
+    facts = m.WorkerRefused("it is of 3 ranks"), m.WorkerDetached(), LOST, m.TreeGone()
+    _, actions = after(at(m.Attached(NOW + 300)), *facts)
+    assert ended(actions) == [Exit.GAVE_UP]
+
+
 def test_why_it_was_killed_is_said() -> None:
     """What is known of a death besides its signal is in the journal and in what is said."""
     state, first = after(at(m.Attached(NOW + 300)), m.Exited(-9, 5, "out of memory"))
