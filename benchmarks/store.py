@@ -85,7 +85,7 @@ class Link:
     orphaned = False
     durable = 0
 
-    def __init__(self, address: str, hello: wire.Hello, arenas: Any) -> None:  # noqa: ARG002
+    def __init__(self, address: str, hello: wire.Hello, arenas: Any, _: Any) -> None:  # noqa: ARG002
         checkpoints = sorted((Path(address) / "checkpoints").glob("[0-9]*"))
         newest = str(checkpoints[-1]) if checkpoints else None
         self.welcome = wire.Welcome("bench", address, 1, newest, None, 1)

@@ -65,7 +65,7 @@ class Link:
     sent = None
     snapshot = ()
 
-    def __init__(self, address, hello, arenas):
+    def __init__(self, address, hello, arenas, on_orphaned):
         path = Path(address) / "checkpoints" / "000000001"
         checkpoint = str(path) if path.exists() or path.is_symlink() else None
         self.welcome = wire.Welcome("fuzz", address, 1, checkpoint, None, 1)

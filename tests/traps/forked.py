@@ -47,7 +47,7 @@ class NearLink:
     run: Path
     attempt = 0
 
-    def __init__(self, address, hello, arenas):
+    def __init__(self, address, hello, arenas, on_orphaned):
         self.arenas = arenas
         checkpoints = sorted((self.run / "checkpoints").glob("[0-9]*"))
         newest = str(checkpoints[-1]) if checkpoints else None
