@@ -11,7 +11,10 @@ Rules:
    integer of shared memory between two batches and makes no system call.
 4. The request word only ever grows. The worker remembers the last one that it answered and never
    clears it, so a request that arrives while another is answered can't be lost.
-5. Several ranks that see a new request stand still until the page says upon which safe point they
+5. A worker on another machine has a page of its own there. A relay beside the supervisor speaks for
+   it, as if it were here: its messages and memories come over TCP (`host.streams`), its progress
+   about once a second; requests go to it as messages, and its link writes them into its page.
+6. Several ranks that see a new request stand still until the page says upon which safe point they
    agreed (`agree`), and answer it there. Each has a page and a connection of its own.
 
 A worker's life on the wire:
@@ -29,6 +32,13 @@ A worker's life on the wire:
     Short                        ───►    when there is no memory for the next one
     Bye                          ───►    the interpreter ends in good order
 
+and with a worker on another machine:
+
+                                 ◄───    Asked                   a request, for its page
+    Seen                         ───►    the page holds it
+                                 ◄───    Agreed                  upon a safe point, for its page
+                                 ◄───    Kill                    the attempt ends
+
 A command-line tool connects to the same socket, sends one Ask and gets one Answer.
 """
 
@@ -42,12 +52,44 @@ import msgspec
 from ckptd.agree import Position
 from ckptd.errors import ProtocolError
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 MESSAGE_BYTES_MAX: Final = 128 * 1024
 _SAID_CHARACTERS_MAX: Final = 16 * 1024  # at most six bytes each in JSON: it fits
 
 #: The environment variable by which a worker finds its supervisor's socket.
 ENV_SOCKET: Final = "CKPTD_SOCKET"
+#: The same for workers on other machines: what `Invitation` says.
+ENV_REMOTE: Final = "CKPTD_REMOTE"
+
+
+class Invitation(msgspec.Struct, frozen=True):
+    """How a worker on another machine finds its supervisor, and proves that it is one's worker.
+
+    Attributes:
+        secret: of this attempt alone: what is left of an earlier one can't join.
+    """
+
+    host: str
+    port: int
+    secret: bytes
+
+    def text(self) -> str:
+        """As it stands in the environment."""
+        return f"{self.host},{self.port},{self.secret.hex()}"
+
+    @classmethod
+    def read(cls, text: str) -> Invitation:
+        """What `text` gave.
+
+        Raises:
+            ProtocolError: it is none.
+        """
+        host, *rest = text.split(",")
+        try:
+            port, secret = rest
+            return cls(host, int(port), bytes.fromhex(secret))
+        except ValueError:
+            raise ProtocolError(f"{ENV_REMOTE} is not what a supervisor sets") from None
 
 
 # ------------------------------------------------------------------ worker -> supervisor
@@ -60,6 +102,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
         pid: the worker's process (maybe a grandchild of the supervisor).
         environment: what decides about bits: torch version, device models, thread counts, CPU
             capability, … Compared with the first attempt's; a difference is said.
+        remote: it is on another machine. Said by the relay in between, not by the worker.
     """
 
     protocol: int
@@ -67,6 +110,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     rank: int
     world_size: int
     environment: dict[str, str]
+    remote: bool = False
 
 
 class Extent(msgspec.Struct, frozen=True):
@@ -168,6 +212,13 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     text: str
 
 
+class Seen(msgspec.Struct, frozen=True, tag=True):
+    """On another machine: the request stands in the page, and this is where the worker is since."""
+
+    word: int
+    position: Position
+
+
 class Bye(msgspec.Struct, frozen=True, tag=True):
     """The interpreter ends; `finished` is false when it leaves on request or with an error."""
 
@@ -234,6 +285,23 @@ class NotDurable(msgspec.Struct, frozen=True, tag=True):
     why: str
 
 
+class Asked(msgspec.Struct, frozen=True, tag=True):
+    """To another machine: the request word that is to stand in the page."""
+
+    word: int
+
+
+class Agreed(msgspec.Struct, frozen=True, tag=True):
+    """To another machine: upon what was agreed for a request; None: go on, it is asked again."""
+
+    word: int
+    target: Position | None
+
+
+class Kill(msgspec.Struct, frozen=True, tag=True):
+    """To another machine: the process is to end at once. Nobody here can send it a signal."""
+
+
 # ------------------------------------------------------------------ command line <-> supervisor
 
 
@@ -261,9 +329,20 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
 
 
 ToSupervisor = (
-    Hello | Sized | Snapshot | Standing | Restored | Notice | Short | Said | Refused | Bye | Ask
+    Hello
+    | Sized
+    | Snapshot
+    | Standing
+    | Restored
+    | Notice
+    | Short
+    | Said
+    | Refused
+    | Seen
+    | Bye
+    | Ask
 )
-ToWorker = Welcome | TurnedAway | Durable | NotDurable | Released | Answer
+ToWorker = Welcome | TurnedAway | Durable | NotDurable | Released | Asked | Agreed | Kill | Answer
 
 _encoder = msgspec.json.Encoder()
 _to_supervisor = msgspec.json.Decoder(ToSupervisor)
@@ -454,6 +533,25 @@ class StatusPage:
             return None
         at = [WORD_TARGET + 2 * level for level in range(self.words[WORD_LEVELS])]
         return tuple((self.words[i], self.words[i + 1]) for i in at)
+
+    def progress(self) -> bytes:
+        """The page as it is now, for `show`."""
+        return bytes(self._bytes)
+
+    def show(self, progress: bytes) -> None:
+        """Show what another page shows of a worker's progress; requests stay what they are.
+
+        Raises:
+            ProtocolError: it is no page.
+        """
+        if len(progress) != PAGE_BYTES:
+            raise ProtocolError(f"a status page of {len(progress)} bytes")
+        other = memoryview(progress)[:_TEXT_AT].cast("Q")
+        self.words[WORD_TEXT_BYTES] = 0
+        self._bytes[_TEXT_AT:] = progress[_TEXT_AT:]
+        self.words[WORD_LOOPS:WORD_TARGET] = other[WORD_LOOPS:WORD_TARGET]
+        for word in (WORD_DEPTH, WORD_STEP, WORD_TEXT_BYTES):
+            self.words[word] = other[word]
 
     def write_values(self, values: dict[str, float | int | str]) -> None:
         """Show the last logged values (dropped when they don't fit on the page)."""

@@ -21,6 +21,7 @@ from ckptd.errors import CkptdError, UsageError
 from ckptd.host import children, clouds, hosts
 from ckptd.host.clock import RealClock
 from ckptd.host.disk import RealDisk
+from ckptd.host.host import Host
 from ckptd.host.signals import Signals
 from ckptd.supervisor import journal, registry, requeues
 from ckptd.supervisor import run as runs
@@ -36,6 +37,7 @@ _FOR_THIS_START: Final = ("name", "directory", "fresh", "accept_changes", "detac
 _ENDS: Final = ("finished", "fenced", "gave up", "stopped")
 _STARTS_WITHIN_S: Final = 60.0
 _POLL_S: Final = 0.05
+_PORT_MAX: Final = 65535
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -114,6 +116,14 @@ _POLL_S: Final = 0.05
     "shows.",
 )
 @click.option(
+    "--listen",
+    metavar="auto|off|HOST[:PORT]",
+    default="auto",
+    show_default=True,
+    help="Under which name of this machine, and on which TCP port, ranks on other machines join "
+    "(any free port, if none is given); auto: where the host says that the job has several.",
+)
+@click.option(
     "--max-requeues",
     "requeues_max",
     type=click.IntRange(min=0),
@@ -160,6 +170,7 @@ def command(
     hang_after_s: float | None,
     cloud_name: str,
     host_name: str,
+    listen: str,
     requeues_max: int,
     *,
     detach: bool,
@@ -235,7 +246,9 @@ def command(
     cloud = clouds.recognised(os.environ, terminal.say, cloud_name)
     if cloud is not None:
         terminal.say(f"listening to notices of {cloud.name}")
-    loop = Loop(run, policy, lock, RealClock(), terminal, host, signals, cloud)
+    loop = Loop(
+        run, policy, lock, RealClock(), terminal, host, signals, cloud, _listens(listen, host)
+    )
     code = loop.run()
     os.close(lock)
     if code in (Exit.FINISHED, Exit.GAVE_UP) or loop.stopped_by_owner:
@@ -249,6 +262,22 @@ def command(
         requeues_max=requeues_max,
         say=terminal.say,
     )
+
+
+def _listens(option: str, host: Host) -> tuple[str, int] | None:
+    """Where ranks on other machines join: this machine's name, and a port; None: there are none.
+
+    Raises:
+        UsageError: the option is neither.
+    """
+    if option == "auto":
+        return (host.address, 0) if host.nodes > 1 else None
+    if option == "off":
+        return None
+    name, _, port = option.partition(":") if option.count(":") == 1 else (option, "", "")
+    if not name or "," in name or not (port or "0").isdecimal() or int(port or 0) > _PORT_MAX:
+        raise UsageError(f"--listen {option}: it is auto, off, HOST or HOST:PORT")
+    return name, int(port or 0)
 
 
 def _register(jobs: Registry, run: Run, terminal: Terminal, *, goes_on: bool) -> None:

@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,6 +38,8 @@ class Host(Protocol):
         returns: whether the job comes back by itself when the machine was lost or rebooted.
         job: what the host calls the job, the same over all its restarts; None: it has no name.
         restart: how often the host has started this job before.
+        nodes: on how many machines the job's processes run.
+        address: under which name the others of them find this one.
     """
 
     @property
@@ -50,6 +53,12 @@ class Host(Protocol):
 
     @property
     def restart(self) -> int: ...
+
+    @property
+    def nodes(self) -> int: ...
+
+    @property
+    def address(self) -> str: ...
 
     def described(self) -> str:
         """One line for the user: where this runs, and until when."""
@@ -100,6 +109,8 @@ class Plain:
     returns = False
     job: str | None = None
     restart = 0
+    nodes = 1
+    address = os.uname().nodename
 
     def described(self) -> str:
         """See `Host`."""

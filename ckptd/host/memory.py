@@ -10,6 +10,7 @@ import mmap
 import os
 import resource
 import signal
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Final
 
 import psutil
+
+_SPARE: Final = 64 << 20  # left to everybody else; what is free is never known to the last byte
 
 
 def make(name: str, length: int) -> int:
@@ -40,6 +43,22 @@ def available() -> int:
     """
     left = [limit - used for limit, used in _limits()]
     return min([psutil.virtual_memory().available, *(max(0, one) for one in left)])
+
+
+def is_short(length: int) -> bool:
+    """Whether there is not room for so many bytes more."""
+    return available() < length + _SPARE
+
+
+def reserved(directory: Path, length: int) -> int:
+    """A file without a name of so many bytes: writing into its mapping can't fail any more.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+    with tempfile.TemporaryFile(dir=directory) as file:
+        os.posix_fallocate(file.fileno(), 0, length)
+        return os.dup(file.fileno())
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,9 @@ class Slurm(Plain):
         self._id = job_id(environment)
         self.job = f"Slurm job {self._id}"
         self.restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
+        count = environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES")
+        self.nodes = int(count or 1)
+        self.address = node(environment) or self.address
         self._partition = environment.get("SLURM_JOB_PARTITION")
         # Seconds since 1970 instead of a local time, of which there are two in an autumn night.
         self._environment = {**environment, "SLURM_TIME_FORMAT": "%s"}

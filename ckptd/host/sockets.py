@@ -26,6 +26,12 @@ def send(connection: socket.socket, packet: bytes, descriptors: Sequence[int] = 
     return True
 
 
+def shut(connection: socket.socket) -> None:
+    """End a connection, and whoever waits for it in another thread; the descriptor stays."""
+    with suppress(OSError):  # it has ended
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 def peer_pid(connection: socket.socket) -> int:
     """The process at the other end of a Unix socket; 0: it is in a namespace that we can't see."""
     credentials = connection.getsockopt(

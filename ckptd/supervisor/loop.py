@@ -27,7 +27,7 @@ import msgspec
 from ckptd import wire
 from ckptd.errors import CkptdError, DamagedError, FencedError, MismatchError, ProtocolError
 from ckptd.host import children, clouds, disk, memory, slurm, stacks
-from ckptd.host.children import Child, Stranger
+from ckptd.host.children import Child
 from ckptd.host.clock import Clock
 from ckptd.host.clouds import Cloud, Notice
 from ckptd.host.disk import RealDisk
@@ -51,6 +51,7 @@ from ckptd.supervisor.policy import (
     space_short,
 )
 from ckptd.supervisor.ranks import Ranks, Worker
+from ckptd.supervisor.relay import Relays
 from ckptd.supervisor.rhythm import Rhythm
 from ckptd.supervisor.run import JobFile, Run, SupervisorFile, boot_id, environment_for
 from ckptd.supervisor.scribe import Scribe
@@ -105,6 +106,8 @@ class Loop:
         host: what started us.
         signals: those that came so far, and that will come; closed at the end.
         cloud: what may take the machine away; None: nobody.
+        listen: the name of this machine under which ranks on others find it, and the port (0: any);
+            None: there are none.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class Loop:
         host: Host,
         signals: Signals,
         cloud: Cloud | None = None,
+        listen: tuple[str, int] | None = None,
     ) -> None:
         job = run.job()
         assert job is not None, "written by launch"
@@ -134,6 +138,7 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._signals = signals
         self._server = Server()
+        self._relays = self._listening(listen)
         self._errands = Errands(terminal.say_once)
         self._attempt: _Attempt | None = None
         self._number = 0
@@ -167,6 +172,13 @@ class Loop:
         )
         self._began_at = self._state.ledger.durable_step
         self._gauge = Gauge(policy, clock.now_s(), continued=self._began_at is not None)
+
+    def _listening(self, listen: tuple[str, int] | None) -> Relays | None:
+        if listen is None:
+            return None
+        host, port = listen
+        say = self._terminal.say_once
+        return Relays(host, port, self._server.address, self._run.path, say)
 
     @property
     def progressed(self) -> bool:
@@ -351,17 +363,16 @@ class Loop:
 
     def _kill(self) -> None:
         children.kill_tree()
-        for stranger in self._strangers():
-            stranger.kill()
+        for worker in () if self._attempt is None else self._attempt.ranks:
+            worker.kill()
 
     def _is_gone(self) -> bool:
-        if not all(stranger.is_gone() for stranger in self._strangers()):
+        attempt = self._attempt
+        if attempt is None:
+            return children.tree_is_gone(None)
+        if not all(worker.is_gone() for worker in attempt.ranks):
             return False
-        return children.tree_is_gone(None if self._attempt is None else self._attempt.child)
-
-    def _strangers(self) -> list[Stranger]:
-        workers = () if self._attempt is None else self._attempt.ranks
-        return [worker.stranger for worker in workers if worker.stranger is not None]
+        return children.tree_is_gone(attempt.child)
 
     def _spawn(self, snapshot: Job | None, *, older: bool) -> None:
         try:
@@ -475,6 +486,8 @@ class Loop:
         """Start the command as the attempt that was claimed."""
         environment, said = environment_for(self._job, os.environ)
         environment[wire.ENV_SOCKET] = self._server.address
+        if self._relays is not None:
+            environment[wire.ENV_REMOTE] = self._relays.invite().text()
         if said:
             self._terminal.say(said)
         output, write_end = os.pipe2(os.O_CLOEXEC)
@@ -725,11 +738,13 @@ class Loop:
         )
         self._watch(peer, lambda: self._worker_spoke(worker))
         ranks = attempt.ranks
+        said = {"pid": hello.pid, **({"remote": True} if hello.remote else {})}
         if ranks.size > 1:
-            self._scribe.event("rank attached", rank=worker.rank, ranks=ranks.size, pid=hello.pid)
+            self._scribe.event("rank attached", rank=worker.rank, ranks=ranks.size, **said)
         if ranks.complete():
-            self._scribe.event("attached", attempt=attempt.number, pid=hello.pid)
-            self._tell(machine.WorkerAttached(own=hello.pid == attempt.child.pid))
+            self._scribe.event("attached", attempt=attempt.number, **said)
+            own = not hello.remote and hello.pid == attempt.child.pid
+            self._tell(machine.WorkerAttached(own=own))
             self._act_on_advice()
 
     def _worker_spoke(self, worker: Worker) -> None:
@@ -829,6 +844,8 @@ class Loop:
                 if total is not None:
                     self._check_space(total)
                     self._tell(machine.Sized(total))
+            case wire.Seen():
+                ranks.seen(worker.rank, message, self._clock.now_s())
             case wire.Standing():
                 self._stood(worker, ranks, message)
             case wire.Restored(step, seconds):
@@ -953,7 +970,8 @@ class Loop:
             return
         step = self._step()
         first = step <= attempt.from_step
-        stopped = [worker.pid for worker in attempt.ranks if stacks.is_stopped(worker.pid)]
+        here = [worker.pid for worker in attempt.ranks if not worker.remote]
+        stopped = [pid for pid in here if stacks.is_stopped(pid)]
         for pid in stopped:
             self._terminal.say_once(
                 f"process {pid} was stopped (SIGSTOP, or a debugger): that is no hang, and it may "
@@ -1055,6 +1073,8 @@ class Loop:
             )
         for peer in (*self._askers, *self._stop_askers):
             peer.close()
+        if self._relays is not None:
+            self._relays.close()
         self._server.close()
         self._signals.close()
         self._selector.close()

@@ -7,6 +7,8 @@ Rules:
    together: one snapshot of each, all taken at the same place of the script.
 3. A single process is asked through its page and answers at its next safe point. Several are asked
    where they are first, and told at which safe point to answer (`agree`).
+4. Of a rank on another machine the page here shows what its relay last heard. Requests are also
+   sent to it, and where it is counts only when it has said so after the request was there.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ckptd import agree, wire
+from ckptd.agree import Position
 from ckptd.host import memory
 from ckptd.host.children import Stranger
 from ckptd.supervisor.server import Peer
@@ -26,6 +29,9 @@ from ckptd.supervisor.writer import Part
 #: From when on a request that was written into a page is certainly seen: what a processor has
 #: written reaches the others within microseconds.
 _SEEN_S: Final = 0.002
+#: Within so long ranks on other machines say where they are. Less than the ranks of this machine
+#: stand still for it.
+_SAY_S: Final = 5.0
 _ASK_AGAIN_S: Final = 0.02  # then twice as long, and so on
 _ASK_AGAIN_S_MAX: Final = 0.5
 _PATIENT_TRIES: Final = 8  # about two seconds
@@ -40,8 +46,10 @@ class Worker:
     Attributes:
         peer: its connection; None: it ended.
         stranger: its process, where that is no descendant of ours.
+        remote: it is on another machine, and its process id is of there.
         length: about how many bytes its snapshot will have; None: it has not said yet.
         finished: what it said of its end; None: nothing.
+        seen: on another machine: the newest request that stands in its page, and where it is since.
     """
 
     rank: int
@@ -50,9 +58,44 @@ class Worker:
     page: wire.StatusPage
     peer: Peer | None
     stranger: Stranger | None
+    remote: bool = False
+    killed: bool = False
     length: int | None = None
     restored_s: float | None = None
     finished: bool | None = None
+    seen: tuple[int, Position] = (0, ())
+
+    def ask(self, word: int) -> None:
+        """Write a request into its page."""
+        self.page.words[wire.WORD_REQUEST] = word
+        if self.remote and self.peer is not None:
+            self.peer.send(wire.Asked(word))
+
+    def agree(self, word: int, target: Position | None) -> None:
+        """Write into its page upon what was agreed."""
+        self.page.agree(word, target)
+        if self.remote and self.peer is not None:
+            self.peer.send(wire.Agreed(word, target))
+
+    def position(self, word: int) -> Position | None:
+        """Where it is since it was asked; None: that is not known yet."""
+        if not self.remote:
+            return self.page.position()
+        return self.seen[1] if self.seen[0] == word else None
+
+    def kill(self) -> None:
+        """End it, where killing our descendants does not."""
+        if self.stranger is not None:
+            self.stranger.kill()
+        elif self.remote and self.peer is not None and not self.killed:
+            self.killed = True
+            self.peer.send_or_drop(wire.Kill())
+
+    def is_gone(self) -> bool:
+        """Whether it has ended, as far as that is not seen by our descendants."""
+        if self.remote:
+            return self.peer is None  # a machine that was lost ends the connection soon
+        return self.stranger is None or self.stranger.is_gone()
 
 
 @dataclass
@@ -62,6 +105,7 @@ class _Request:
     Attributes:
         word: as it stands in the pages.
         due_s: when to look where they are, or to ask again; infinite: they know where to answer.
+        until_s: how long to wait for ranks on other machines to say where they are.
         answers: where each has answered, by rank.
         standing: the earlier snapshot that stands for each that is in a restart loop, by rank.
     """
@@ -70,6 +114,7 @@ class _Request:
     leave: bool
     word: int
     due_s: float
+    until_s: float
     frozen: bool = True
     tries: int = 0
     answers: dict[int, str] = field(default_factory=dict)
@@ -104,8 +149,8 @@ class Ranks:
         """Take a worker in that `refusal` did not refuse."""
         self.size = hello.world_size
         page_fd, page = self._first if hello.rank == 0 else _page()
-        stranger = Stranger.of(peer.pid())
-        worker = Worker(hello.rank, hello.pid, page_fd, page, peer, stranger)
+        stranger = None if hello.remote else Stranger.of(peer.pid())
+        worker = Worker(hello.rank, hello.pid, page_fd, page, peer, stranger, hello.remote)
         self._workers[hello.rank] = worker
         return worker
 
@@ -227,7 +272,8 @@ class Ranks:
         if self.size > 1:
             self._freeze(serial, now_s, leave=leave, tries=0)
         else:
-            self.page().words[wire.WORD_REQUEST] = wire.request_word(serial, _kind(leave=leave))
+            for worker in self:
+                worker.ask(wire.request_word(serial, _kind(leave=leave)))
 
     def due_s(self) -> float:
         """When `look` has something to do; infinite: not by itself."""
@@ -241,14 +287,27 @@ class Ranks:
         if not request.frozen:
             self._freeze(request.serial, now_s, leave=request.leave, tries=request.tries)
             return
-        patient = request.tries < _PATIENT_TRIES
-        target = agree.target([worker.page.position() for worker in self], patient=patient)
+        positions = [worker.position(request.word) for worker in self]
+        known = [position for position in positions if position is not None]
+        if len(known) < len(positions) and now_s < request.until_s:
+            request.due_s = request.until_s  # or when the last one says it: see `seen`
+            return
+        target = None
+        if len(known) == len(positions):
+            target = agree.target(known, patient=request.tries < _PATIENT_TRIES)
         for worker in self:
-            worker.page.agree(request.word, target)
+            worker.agree(request.word, target)
         if target is None:
             self._ask_later(request, now_s)
         else:
             request.due_s = math.inf
+
+    def seen(self, rank: int, message: wire.Seen, now_s: float) -> None:
+        """A rank on another machine says where it is."""
+        self._workers[rank].seen = message.word, message.position
+        request = self._request
+        if request is not None and request.frozen and request.word == message.word:
+            request.due_s = min(request.due_s, now_s)  # it has waited for _SEEN_S itself
 
     def answered(self, rank: int, word: int, place: str, now_s: float) -> str | None:
         """A rank has answered; what to say if the ranks did so at different places."""
@@ -291,9 +350,10 @@ class Ranks:
     def _freeze(self, serial: int, now_s: float, *, leave: bool, tries: int) -> None:
         word = wire.request_word(len(self._words) + 1, _kind(leave=leave))
         self._words[word] = serial
-        self._request = _Request(serial, leave, word, now_s + _SEEN_S, tries=tries)
+        due_s, until_s = now_s + _SEEN_S, now_s + _SAY_S
+        self._request = _Request(serial, leave, word, due_s, until_s, tries=tries)
         for worker in self:
-            worker.page.words[wire.WORD_REQUEST] = word
+            worker.ask(word)
 
     def _ask_later(self, request: _Request, now_s: float) -> None:
         request.due_s = now_s + min(_ASK_AGAIN_S * 2**request.tries, _ASK_AGAIN_S_MAX)

@@ -36,7 +36,7 @@ from ckptd.host import children, systemd
 from ckptd.host.disk import RealDisk
 from ckptd.supervisor.run import Run, boot_id, load, replace, still_runs
 
-_OWN: Final = (*systemd.OWN_VARIABLES, "CKPTD_SOCKET")
+_OWN: Final = (*systemd.OWN_VARIABLES, "CKPTD_SOCKET", "CKPTD_REMOTE")
 #: The option of `ckptd launch` by which it refuses a run that its owner has stopped meanwhile.
 IF_WANTED: Final = "--if-wanted"
 _PRIVATE: Final = 0o700

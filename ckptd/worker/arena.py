@@ -19,7 +19,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import tempfile
 import threading
 import time
 import weakref
@@ -32,7 +31,6 @@ from ckptd.host import memory
 _KEPT_MAX: Final = 2
 _GIVEN_BACK_WITHIN_S: Final = 2.0
 _POLL_S: Final = 0.05
-_SPARE: Final = 64 << 20  # left to everybody else; what is free is never known to the last byte
 _PROT_NONE: Final = 0
 _FIXED_NOREPLACE: Final = 0x100000  # MAP_FIXED_NOREPLACE: there, or an error
 
@@ -59,7 +57,7 @@ class Arena:
         if directory is None:
             self.descriptor = memory.make("ckptd-snapshot", length)
         else:
-            self.descriptor = _reserved(directory, length)
+            self.descriptor = memory.reserved(directory, length)
         self.length = length
         self.mapping = mmap.mmap(self.descriptor, length)
         self.mapping.madvise(mmap.MADV_DONTFORK)
@@ -115,7 +113,7 @@ class Arenas:
         """A memory of at least so many bytes that nobody reads; it is the caller's."""
         with self._lock:
             arena = self._fitting(length)
-            if arena is None and self.on_short is not None and _is_short(length):
+            if arena is None and self.on_short is not None and memory.is_short(length):
                 self._ask_back(length)
                 arena = self._fitting(length)
             if arena is None:
@@ -128,7 +126,7 @@ class Arenas:
             return arena
 
     def _made(self, length: int) -> Arena:
-        if self.directory is None or not _is_short(length):
+        if self.directory is None or not memory.is_short(length):
             return Arena(length)
         try:
             arena, refused = Arena(length, self.directory), None
@@ -148,7 +146,7 @@ class Arenas:
             return  # the supervisor has nothing of ours, nor of the process before this one
         self._asked = True
         until_s = time.monotonic() + _GIVEN_BACK_WITHIN_S
-        while self._fitting(length) is None and _is_short(length):
+        while self._fitting(length) is None and memory.is_short(length):
             # It may come as one of ours, or, from the process before this one, as free memory.
             if not self._lock.wait(_POLL_S) and time.monotonic() > until_s:
                 return  # it is being written, or there was none: try without
@@ -179,14 +177,3 @@ class Arenas:
         if arena.spilled or len(self._kept) > _KEPT_MAX:
             return False
         return memory.available() >= arena.length
-
-
-def _is_short(length: int) -> bool:
-    return memory.available() < length + _SPARE
-
-
-def _reserved(directory: Path, length: int) -> int:
-    """A file without a name of so many bytes: writing into its mapping can't fail any more."""
-    with tempfile.TemporaryFile(dir=directory) as file:
-        os.posix_fallocate(file.fileno(), 0, length)
-        return os.dup(file.fileno())

@@ -709,6 +709,7 @@ class LaunchedJob(Job):
             sys.stdout.flush()
             sys.stderr.flush()
             self._link.drain_output()
+        self._link.finish()
 
 
 class Loop(Iterable[Any]):

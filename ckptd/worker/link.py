@@ -4,10 +4,11 @@ Rules:
 
 1. The training loop never waits here and never calls in here while nothing is asked: a thread of
    its own sits in `recv`, and requests come through the status page.
-2. When the supervisor dies, the job goes on until its next safe point and saves itself there. Until
+2. A worker on another machine has the same two through a `Bridge`, and no lock and no pipe.
+3. When the supervisor dies, the job goes on until its next safe point and saves itself there. Until
    then nothing may break: the worker holds the job's lock and the read end of its own output pipe,
    and writes what comes out of that pipe into the log itself.
-3. A signal to this process (to its whole group, or from a host that only signals the tasks) is
+4. A signal to this process (to its whole group, or from a host that only signals the tasks) is
    passed on to the supervisor as a notice. The handler sends one packet and returns.
 """
 
@@ -25,8 +26,10 @@ from typing import Final
 
 from ckptd import wire
 from ckptd.errors import CkptdError, ProtocolError, UsageError
-from ckptd.host import sockets, stacks
+from ckptd.host import sockets, stacks, streams
+from ckptd.host.streams import Stream
 from ckptd.worker.arena import Arenas
+from ckptd.worker.bridge import Bridge
 
 _FORWARDED: Final = (
     signal.SIGTERM,
@@ -66,19 +69,13 @@ class Link:
     ) -> None:
         self._arenas, self._on_orphaned = arenas, on_orphaned
         self._pid = os.getpid()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            self._socket.connect(address)
-        except OSError as error:
-            raise CkptdError(
-                f"the supervisor that started this script is gone ({wire.ENV_SOCKET}={address}: "
-                f"{error.strerror}); start the job again with `ckptd launch`"
-            ) from error
+        self._socket, self._bridge = _connected(address)
         self.send(hello)
-        self.welcome, (page, lock, pipe, *self.snapshot) = self._expect_welcome()
+        self.welcome, (page, *others) = self._expect_welcome()
+        if self._bridge is None:
+            self._lock, self._pipe, *others = others  # the lock is held, not used
+        self.snapshot = others
         arenas.on_short = lambda needed, available: self.send(wire.Short(needed, available))
-        self._lock = lock  # held, not used: the job is locked as long as this process lives
-        self._pipe = pipe
         self._memory = mmap.mmap(page, wire.PAGE_BYTES)
         os.close(page)
         self.page = wire.StatusPage(memoryview(self._memory))
@@ -122,6 +119,8 @@ class Link:
 
     def drain_output(self) -> None:
         """Bring what is still in the output pipe into the log (when the supervisor is gone)."""
+        if self._bridge is not None:
+            return
         os.set_blocking(self._pipe, False)
         with Path(self.welcome.run, "log").open("ab") as log:
             while True:
@@ -133,6 +132,11 @@ class Link:
                     return
                 log.write(chunk)
 
+    def finish(self) -> None:
+        """The process ends: what was said must be over there before."""
+        if self._bridge is not None:
+            self._bridge.finish()
+
     def _expect_welcome(self) -> tuple[wire.Welcome, list[int]]:
         packet, descriptors, _, _ = socket.recv_fds(self._socket, wire.MESSAGE_BYTES_MAX, 4)
         if not packet:
@@ -140,7 +144,8 @@ class Link:
         message = wire.decode_for_worker(packet)
         if isinstance(message, wire.TurnedAway):
             raise UsageError(f"the supervisor refused this process: {message.why}")
-        expected = 3 + (isinstance(message, wire.Welcome) and message.memory is not None)
+        expected = 3 if self._bridge is None else 1
+        expected += isinstance(message, wire.Welcome) and message.memory is not None
         if not isinstance(message, wire.Welcome) or len(descriptors) != expected:
             raise ProtocolError(
                 f"expected a welcome with {expected} descriptors, got {type(message).__name__} "
@@ -173,6 +178,8 @@ class Link:
         self._keep_output_flowing()
 
     def _keep_output_flowing(self) -> None:
+        if self._bridge is not None:
+            return  # its launcher passes its output on
         with Path(self.welcome.run, "log").open("ab", buffering=0) as log:
             while True:
                 try:
@@ -186,3 +193,43 @@ class Link:
     def _notice(self, number: int, frame: object) -> None:  # noqa: ARG002  # a handler's signature
         if os.getpid() == self._pid:  # a forked loader worker inherits the handler, not the task
             self.send(wire.Notice(number))
+
+
+def _connected(address: str) -> tuple[socket.socket, Bridge | None]:
+    """A connection to the supervisor: on this machine, or through a bridge."""
+    here = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        here.connect(address)
+    except OSError as error:
+        here.close()
+        text = os.environ.get(wire.ENV_REMOTE)
+        if text is None:
+            raise CkptdError(
+                f"the supervisor that started this script is gone ({wire.ENV_SOCKET}={address}: "
+                f"{error.strerror}); start the job again with `ckptd launch`. If it is on another "
+                "machine: `ckptd launch --listen HOST`, HOST being that machine's name"
+            ) from error
+        bridge = Bridge(_stream(wire.Invitation.read(text), f"{address}: {error.strerror}"))
+        return bridge.near, bridge
+    return here, None
+
+
+def _stream(invitation: wire.Invitation, why_not_here: str) -> Stream:
+    """A connection to a supervisor on another machine.
+
+    Raises:
+        CkptdError: says what was tried, and what to look at.
+    """
+    tried = [f"this machine's socket ({why_not_here})"]
+    # srun tells its tasks where it runs: beside the supervisor. A node's name may be known to Slurm
+    # alone.
+    for host in filter(None, [invitation.host, os.environ.get("SLURM_LAUNCH_NODE_IPADDR")]):
+        try:
+            return streams.connect(host, invitation.port, invitation.secret)
+        except (OSError, ProtocolError) as error:
+            tried.append(f"{host}, TCP port {invitation.port} ({error})")
+    raise CkptdError(
+        f"the supervisor can't be reached from {os.uname().nodename}. Tried: {'; '.join(tried)}. "
+        "Is the name that of the supervisor's machine, also here, and does a firewall let the port "
+        "through? `ckptd launch --listen HOST:PORT` chooses both"
+    )
