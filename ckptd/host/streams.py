@@ -93,6 +93,11 @@ class Stream:
         """Readable when a frame comes, or the end."""
         return self._socket.fileno()
 
+    @property
+    def expected(self) -> int:
+        """How many bytes of a memory that has begun are still to come."""
+        return self._length - self._filled
+
     def send(self, kind: Kind, payload: bytes | memoryview) -> None:
         """Send one frame.
 
@@ -151,11 +156,13 @@ class Stream:
         if self._memory is not None:
             os.close(self._memory)
             self._memory = None
+            self._length = self._filled
 
     def _begin(self, length: int) -> None:
         if self._memory is not None:
             raise ProtocolError("a memory begins within another one")
-        self._memory, self._length, self._filled = self._room(length), length, 0
+        self._length, self._filled = length, 0
+        self._memory = self._room(length)
 
     def _add(self, piece: bytes) -> None:
         if self._memory is None or self._filled + len(piece) > self._length:

@@ -364,13 +364,14 @@ class Loop:
     def _kill(self) -> None:
         children.kill_tree()
         for worker in () if self._attempt is None else self._attempt.ranks:
-            worker.kill()
+            worker.kill(self._clock.now_s())
 
     def _is_gone(self) -> bool:
         attempt = self._attempt
         if attempt is None:
             return children.tree_is_gone(None)
-        if not all(worker.is_gone() for worker in attempt.ranks):
+        now_s = self._clock.now_s()
+        if not all(worker.is_gone(now_s) for worker in attempt.ranks):
             return False
         return children.tree_is_gone(attempt.child)
 

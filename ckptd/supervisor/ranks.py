@@ -32,6 +32,8 @@ _SEEN_S: Final = 0.002
 #: Within so long ranks on other machines say where they are. Less than the ranks of this machine
 #: stand still for it.
 _SAY_S: Final = 5.0
+#: Of a process that is told to end at once. Less than `Policy.kill_s`.
+_ANSWERS_WITHIN_S: Final = 8.0
 _ASK_AGAIN_S: Final = 0.02  # then twice as long, and so on
 _ASK_AGAIN_S_MAX: Final = 0.5
 _PATIENT_TRIES: Final = 8  # about two seconds
@@ -47,6 +49,7 @@ class Worker:
         peer: its connection; None: it ended.
         stranger: its process, where that is no descendant of ours.
         remote: it is on another machine, and its process id is of there.
+        killed_s: when it was told there to end; infinite: it was not.
         length: about how many bytes its snapshot will have; None: it has not said yet.
         finished: what it said of its end; None: nothing.
         seen: on another machine: the newest request that stands in its page, and where it is since.
@@ -59,7 +62,7 @@ class Worker:
     peer: Peer | None
     stranger: Stranger | None
     remote: bool = False
-    killed: bool = False
+    killed_s: float = math.inf
     length: int | None = None
     restored_s: float | None = None
     finished: bool | None = None
@@ -83,18 +86,20 @@ class Worker:
             return self.page.position()
         return self.seen[1] if self.seen[0] == word else None
 
-    def kill(self) -> None:
+    def kill(self, now_s: float) -> None:
         """End it, where killing our descendants does not."""
         if self.stranger is not None:
             self.stranger.kill()
-        elif self.remote and self.peer is not None and not self.killed:
-            self.killed = True
+        elif self.remote and self.peer is not None and math.isinf(self.killed_s):
+            self.killed_s = now_s
             self.peer.send_or_drop(wire.Kill())
 
-    def is_gone(self) -> bool:
+    def is_gone(self, now_s: float) -> bool:
         """Whether it has ended, as far as that is not seen by our descendants."""
         if self.remote:
-            return self.peer is None  # a machine that was lost ends the connection soon
+            # A machine that does not answer is taken for lost. What may run there still has the
+            # number and the secret of an attempt that is over: it can publish nothing and not join.
+            return self.peer is None or now_s - self.killed_s > _ANSWERS_WITHIN_S
         return self.stranger is None or self.stranger.is_gone()
 
 

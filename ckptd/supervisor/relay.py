@@ -65,7 +65,9 @@ class Relays:
             raise CkptdError(f"can't listen on TCP port {port}: {error.strerror}") from error
         self._host, self._port = host, self._listener.getsockname()[1]
         self._supervisor, self._directory, self._say = supervisor, directory, say
-        self._secret = b""
+        self._secret = secrets.token_bytes(_SECRET_BYTES)  # nobody's, before the first attempt
+        self._relays: set[_Relay] = set()
+        self._rooms = threading.Lock()
         self._lock = threading.Lock()
         self._strangers: dict[socket.socket, float] = {}  # since when each is here
         self._closed = False
@@ -120,16 +122,37 @@ class Relays:
             connection.close()
             return
         finally:
-            shown_out.cancel()
             with self._lock:
                 self._strangers.pop(connection, None)
-        relay = _Relay(connection, self._supervisor, self._directory)
+        relay = _Relay(connection, self._supervisor, self._room)
+        self._relays.add(relay)
         try:
             relay.run()
         except (OSError, ProtocolError) as error:
             self._say(f"a rank on another machine can't be heard any more: {error}")
         finally:
+            self._relays.discard(relay)
             relay.close()
+
+    def _room(self, length: int, relay: _Relay) -> int:
+        """The memory for a snapshot that comes: here, or else on the disk.
+
+        All ranks send theirs at once: what is on its way to the others counts as taken.
+        """
+        with self._rooms:
+            short = self._is_short()
+            if short:
+                relay.ask_back(length)
+                until_s = time.monotonic() + _GIVEN_BACK_WITHIN_S
+                while (short := self._is_short()) and time.monotonic() < until_s:
+                    time.sleep(_PAUSE_S)
+            if short:
+                with suppress(OSError):  # the disk has none either: what memory there is
+                    return memory.reserved(self._directory, length)
+            return memory.make("ckptd-came", length)
+
+    def _is_short(self) -> bool:
+        return memory.is_short(sum(relay.expected() for relay in tuple(self._relays)))
 
 
 class _Relay:
@@ -138,12 +161,13 @@ class _Relay:
     Args:
         connection: the rank's, proved.
         supervisor: the supervisor's socket.
-        directory: for memories for which there is no room.
+        room: makes a memory of so many bytes, for this relay.
     """
 
-    def __init__(self, connection: socket.socket, supervisor: str, directory: Path) -> None:
-        self._stream = Stream(connection, self._room)
-        self._directory = directory
+    def __init__(
+        self, connection: socket.socket, supervisor: str, room: Callable[[int, _Relay], int]
+    ) -> None:
+        self._stream = Stream(connection, lambda length: room(length, self))
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._supervisor = supervisor
         self._page: wire.StatusPage | None = None
@@ -206,8 +230,11 @@ class _Relay:
         parcel = Parcel(packet)
         if descriptors:
             parcel = self._welcomed(packet, descriptors)
-        while not parcel.send_next(self._stream):
-            pass
+        try:
+            while not parcel.send_next(self._stream):
+                pass
+        except OSError:
+            return False
         return True
 
     def _welcomed(self, packet: bytes, descriptors: list[int]) -> Parcel:
@@ -220,15 +247,11 @@ class _Relay:
             return Parcel(packet)
         return Parcel(packet, state[0], welcome.memory.offset + welcome.memory.length)
 
-    def _room(self, length: int) -> int:
-        """The memory for a snapshot that comes: here, or else on the disk."""
-        if memory.is_short(length):
-            short = wire.Short(length, memory.available())
-            sockets.send(self._socket, wire.encode(short))
-            until_s = time.monotonic() + _GIVEN_BACK_WITHIN_S
-            while memory.is_short(length) and time.monotonic() < until_s:
-                time.sleep(_PAUSE_S)
-        if memory.is_short(length):
-            with suppress(OSError):  # the disk has none either: what memory there is
-                return memory.reserved(self._directory, length)
-        return memory.make("ckptd-came", length)
+    def expected(self) -> int:
+        """How many bytes of a snapshot are still to come."""
+        return self._stream.expected
+
+    def ask_back(self, length: int) -> None:
+        """Have the supervisor let go of memory, if it can."""
+        short = wire.Short(length, memory.available())
+        sockets.send(self._socket, wire.encode(short))

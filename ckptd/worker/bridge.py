@@ -4,7 +4,7 @@ Rules:
 
 1. The link speaks into a Unix socket, as it does to a supervisor of this machine, also out of a
    signal handler. A thread at that socket's other end carries everything over; the training loop
-   never waits for a network.
+   waits for no network, unless snapshots come faster than that carries them.
 2. A snapshot's memory is in use until it is over there, and no longer: then the supervisor has it,
    and it is released here, whatever is done with it there.
 3. Requests come as messages and are written into the page of this machine, which the loop reads as
@@ -30,6 +30,8 @@ from ckptd.errors import ProtocolError
 from ckptd.host import memory, sockets
 from ckptd.host.streams import Kind, Parcel, Stream
 
+#: Snapshots on their way: a network that is slower than they are made must not fill the memory.
+_GOING_MAX: Final = 2
 _PROGRESS_EVERY_S: Final = 1.0
 #: From when on a request that was written into the page is certainly seen by the loop.
 _SEEN_S: Final = 0.002
@@ -53,11 +55,19 @@ class Bridge:
         self._told = self._page.progress()
         self._due_s = 0.0
         self._going: deque[tuple[Parcel, int]] = deque()  # with each, the snapshot's generation
+        self._room = threading.Semaphore(_GOING_MAX)
         self._ends = False  # the link has said all
+        self._over = False  # nothing goes over any more
         self._thread = threading.Thread(target=self._work, name="ckptd-bridge", daemon=True)
         # A forked loader worker that lives on must not keep a dead worker's connection open.
         os.register_at_fork(after_in_child=self._close_sockets)
         self._thread.start()
+
+    def wait_for_room(self) -> None:
+        """Before a snapshot is sent: wait until those before it are over there, all but one."""
+        self._room.acquire()
+        if self._over:
+            self._room.release()  # nobody waits for what is over
 
     def finish(self) -> None:
         """Nothing more is said: wait until all is over there.
@@ -78,6 +88,8 @@ class Bridge:
             sockets.shut(self._far)  # the link sees the end
             self._stream.shut()
             self._going.clear()
+            self._over = True
+            self._room.release()
 
     def _carry(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -107,6 +119,7 @@ class Bridge:
         if parcel.send_next(self._stream):
             self._going.popleft()
             if generation:
+                self._room.release()
                 self._to_link(wire.Released(generation))
 
     def _from_link(self) -> None:

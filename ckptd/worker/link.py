@@ -20,6 +20,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -38,6 +39,8 @@ _FORWARDED: Final = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
+_TRIES: Final = 2
+_PAUSE_S: Final = 0.2
 _STDERR: Final = 2
 
 
@@ -81,7 +84,7 @@ class Link:
         self.page = wire.StatusPage(memoryview(self._memory))
         self._receipts: dict[int, wire.Durable | wire.NotDurable] = {}
         self._changed = threading.Condition()
-        self._orphaned = False
+        self._orphaned = self._finished = False
         self.durable = 0
         threading.Thread(target=self._listen, name="ckptd", daemon=True).start()
 
@@ -92,6 +95,8 @@ class Link:
 
     def send(self, message: wire.ToSupervisor, descriptors: Sequence[int] = ()) -> bool:
         """Send one message; False when the supervisor is gone."""
+        if self._bridge is not None and descriptors:
+            self._bridge.wait_for_room()
         return sockets.send(self._socket, wire.encode(message), descriptors)
 
     def supervisor_pid(self) -> int:
@@ -135,6 +140,7 @@ class Link:
     def finish(self) -> None:
         """The process ends: what was said must be over there before."""
         if self._bridge is not None:
+            self._finished = True  # its end makes no orphan
             self._bridge.finish()
 
     def _expect_welcome(self) -> tuple[wire.Welcome, list[int]]:
@@ -171,6 +177,8 @@ class Link:
                     if isinstance(message, wire.Durable):
                         self.durable = message.generation
                     self._changed.notify_all()
+        if self._finished:
+            return
         with self._changed:
             self._orphaned = True
             self._on_orphaned(self)
@@ -220,16 +228,19 @@ def _stream(invitation: wire.Invitation, why_not_here: str) -> Stream:
     Raises:
         CkptdError: says what was tried, and what to look at.
     """
-    tried = [f"this machine's socket ({why_not_here})"]
+    tried = {"a socket of this machine": why_not_here}
     # srun tells its tasks where it runs: beside the supervisor. A node's name may be known to Slurm
     # alone.
-    for host in filter(None, [invitation.host, os.environ.get("SLURM_LAUNCH_NODE_IPADDR")]):
+    hosts = [invitation.host, os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or invitation.host]
+    for host in hosts * _TRIES:
         try:
             return streams.connect(host, invitation.port, invitation.secret)
         except (OSError, ProtocolError) as error:
-            tried.append(f"{host}, TCP port {invitation.port} ({error})")
+            tried[f"{host}, TCP port {invitation.port}"] = str(error)
+            time.sleep(_PAUSE_S)
+    told = "; ".join(f"{where} ({why})" for where, why in tried.items())
     raise CkptdError(
-        f"the supervisor can't be reached from {os.uname().nodename}. Tried: {'; '.join(tried)}. "
+        f"the supervisor can't be reached from {os.uname().nodename}. Tried: {told}. "
         "Is the name that of the supervisor's machine, also here, and does a firewall let the port "
         "through? `ckptd launch --listen HOST:PORT` chooses both"
     )
