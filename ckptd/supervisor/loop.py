@@ -487,6 +487,7 @@ class Loop:
         """Start the command as the attempt that was claimed."""
         environment, said = environment_for(self._job, os.environ)
         environment[wire.ENV_SOCKET] = self._server.address
+        environment.pop(wire.ENV_REMOTE, None)  # of a supervisor around this one
         if self._relays is not None:
             environment[wire.ENV_REMOTE] = self._relays.invite().text()
         if said:

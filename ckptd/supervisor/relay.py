@@ -111,10 +111,6 @@ class Relays:
 
     def _meet(self, connection: socket.socket) -> None:
         """The thread of one connection, as long as it lasts."""
-        shown_out = threading.Timer(
-            streams.PROOF_S, sockets.shut, [connection]
-        )  # who trickles, too
-        shown_out.start()
         try:
             connection.settimeout(streams.PROOF_S)
             streams.prove(connection, self._secret, worker=False)
