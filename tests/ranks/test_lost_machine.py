@@ -84,6 +84,7 @@ def test_both_ends_notice(
         page = memory.make("page", wire.PAGE_BYTES)
         peer.send(wire.Welcome("job", "/run", 1, None, None, 1), [page, *others])
         assert worker.stdout.readline() == "attached\n"
+        time.sleep(0.5)  # all is acknowledged: nothing is on its way to the rank
         pull()
         began_s = time.monotonic()
         assert peer.receive() is None

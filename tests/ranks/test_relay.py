@@ -144,6 +144,7 @@ def test_progress_is_shown(station: Station) -> None:
     """The page here shows what the page there does; a request here stays."""
     stream, peer = station.join()
     page = welcome(peer)
+    receive(stream)
     page.words[wire.WORD_REQUEST] = 77
     there = wire.StatusPage(memoryview(bytearray(wire.PAGE_BYTES)))
     there.words[wire.WORD_STEP], there.words[wire.WORD_DEPTH] = 12, 1
@@ -213,8 +214,8 @@ def test_strangers_hold_up_nobody(station: Station, monkeypatch: pytest.MonkeyPa
         stranger.sendall(b"ck")
     began_s = time.monotonic()
     _, peer = station.join()
-    assert time.monotonic() - began_s < streams.PROOF_S
     wait_until(lambda: threading.active_count() - before <= relay._STRANGERS_MAX + 1)
+    assert time.monotonic() - began_s < streams.PROOF_S / 2
     peer.send(wire.Asked(1))
     for stranger in silent:
         stranger.close()
