@@ -182,7 +182,7 @@ def test_snapshots_do_not_pile_up(far: Far) -> None:
 
 
 def test_the_end_of_the_process_waits_for_what_was_said(far: Far) -> None:
-    """Also for a large snapshot; and it makes no orphan."""
+    """Until the supervisor has it, also for a large snapshot; and it makes no orphan."""
     far.snapshot(1, 64 << 20)
     far.link.send(wire.Bye(finished=True))
     finishing = threading.Thread(target=far.link.finish)
@@ -192,6 +192,8 @@ def test_the_end_of_the_process_waits_for_what_was_said(far: Far) -> None:
         assert finishing.is_alive()
         came = far.came()
     assert wire.decode_for_supervisor(came.payload) == wire.Bye(finished=True)
+    finishing.join(0.1)
+    assert finishing.is_alive(), "what is not read yet would be lost"
     far.stream.close()
     finishing.join(5)
     assert not finishing.is_alive()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,3 +134,37 @@ def test_a_killed_supervisor_is_noticed(workshop: Workshop, sockets: str) -> Non
     job.kill()
     wait_gone(ranks)
     assert len(checkpoints(workshop)) == 1
+
+
+DEAF = """
+import os, threading
+from ckptd import wire
+from ckptd.worker.arena import Arenas
+from ckptd.worker.link import Link
+link = Link("/nowhere", wire.Hello(wire.PROTOCOL, os.getpid(), 0, 1, {}), Arenas(), print)
+print("attached", flush=True)
+threading.Event().wait()
+"""
+
+
+def test_who_does_not_end_is_killed_there(workshop: Workshop) -> None:
+    """A rank that hangs is no descendant of the supervisor, and may be on another machine: it ends
+    all the same, at once, and the supervisor does not wait longer than for that."""
+    job = Launched(
+        workshop,
+        *("sh", "-c", "echo remote=$CKPTD_REMOTE; sleep 1000"),
+        options=(*LISTEN, "--grace", "1"),
+    )
+    invitation = job.wait_for("remote=").removeprefix("remote=")
+    environment = {**workshop.environment(), "CKPTD_REMOTE": invitation}
+    rank = subprocess.Popen(
+        [sys.executable, "-c", DEAF], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert rank.stdout is not None
+    assert rank.stdout.readline() == "attached\n"
+    wait_until(lambda: any(event["event"] == "attached" for event in workshop.journal()))
+    began_s = time.monotonic()
+    job.signal(signal.SIGTERM).ends()
+    assert time.monotonic() - began_s < 4, job.told()
+    assert rank.wait(1) == -signal.SIGKILL
+    rank.stdout.close()
