@@ -38,7 +38,10 @@ def go_wrong(where):
         return
     Path(f"fault-{where}").touch()
     supervisor = job._link.supervisor_pid()
-    if kind == "term":
+    if kind == "wait":
+        while job.words[0] == job.answered:
+            time.sleep(0.001)
+    elif kind == "term":
         os.kill(supervisor, signal.SIGTERM)
         while job.words[0] == job.answered:
             time.sleep(0.001)

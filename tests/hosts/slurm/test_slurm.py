@@ -6,6 +6,7 @@ where it should be.
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -291,6 +292,43 @@ def test_behind_srun(
     cluster.start_requeued(job)
     check_end(cluster, batch, job, reference)
     assert any(event["event"] == "restored" for event in workshop.journal(f"slurm-{job}"))
+
+
+def test_ranks_on_two_nodes(cluster: Cluster, workshop: Workshop) -> None:
+    """`ckptd launch -- srun torchrun`: a rank dies, and the step is started again; all ranks are
+    saved at a warning, put back into the queue, continued, and come to the plain script's bits."""
+    torchrun = (
+        f"{sys.executable} -m torch.distributed.run --rdzv-backend=c10d "
+        f"--rdzv-endpoint=localhost:{free_port()} --local-addr=127.0.0.1 --nproc-per-node=1"
+    )
+    script = SCRIPTS / "ranks.py"
+    step = f"srun --kill-on-bad-exit=1 {torchrun} --nnodes=2 {script}"
+    body = f"exec {LAUNCH} --dir {workshop.path}/runs -- {step}\n"
+    batch = Batch(cluster, workshop, body=body)
+    job = batch.submit(
+        *("--nodes=2", "--ntasks=2", "--ntasks-per-node=1"), FAULTS="1,5,kill 0,12,wait"
+    )
+    batch.wait_until((batch.path / "fault-12").exists, "the twelfth step")
+    cluster.do("scancel", "--batch", "--signal=USR1", job)
+    cluster.start_requeued(job)
+    cluster.wait_for(job, JobState="COMPLETED|FAILED|CANCELLED|TIMEOUT")
+    assert cluster.show(job)["JobState"] == "COMPLETED", batch.told()
+    assert cluster.processes(job) == []
+    starts = [e["step"] for e in workshop.journal(f"slurm-{job}") if e["event"] == "started"]
+    assert len(starts) == 3
+    assert int(str(starts[2])) >= 12, "what was done when the warning came was saved"
+    plain = Workshop(workshop.path / "plain")
+    plain.path.mkdir()
+    plain.plain(*f"{torchrun} --nproc-per-node=2 {script}".split())
+    for name in ("losses-0.txt", "losses-1.txt", "final-0.txt", "final-1.txt"):
+        assert (batch.path / name).read_text() == (plain.path / name).read_text()
+
+
+def free_port() -> int:
+    """A port that nobody listens at just now."""
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return int(listening.getsockname()[1])
 
 
 def test_srun_is_killed(
