@@ -16,6 +16,7 @@ The map of the house:
 - `worker/`      in the training process: what is tracked, loops, loaders, snapshots. Imports torch.
 - `supervisor/`  beside it: decides when to flush, stop, relaunch and give up. Never imports torch.
 - `wire`         how the two talk: messages and a page of shared memory.
+- `agree`        at which safe point several ranks flush.
 - `store/`       checkpoints on disk: published whole or not at all, verified when loaded.
   FORMAT.md.
 - `drill/`       `ckptd drill`: a script run undisturbed and interrupted, compared bit for bit.

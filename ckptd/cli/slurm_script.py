@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -16,12 +18,9 @@ _WARNING_S: Final = 120
 _VARIABLE: Final = re.compile(r"\$SLURM_[A-Z0-9_]+|\$\{SLURM_[A-Z0-9_]+\}")
 _SPECIAL: Final = re.compile(r'[\\"$`]')  # within double quotes
 _ESCAPED: Final = r"\\\g<0>"
-#: The options by which programs start a command several times.
-_RANKS: Final = {
-    "srun": ("-n", "--ntasks", "-N", "--nodes", "--ntasks-per-node", "--ntasks-per-gpu"),
-    "torchrun": ("--nproc-per-node", "--nproc_per_node", "--nnodes"),
-    "torch.distributed.run": ("--nproc-per-node", "--nproc_per_node", "--nnodes"),
-}
+#: By what a training is started on every node, and its option that starts ranks again by itself.
+_TORCHRUN: Final = ("torchrun", "torch.distributed.run")
+_RESTARTS: Final = ("--max-restarts", "--max_restarts")
 _SCRIPT: Final = """\
 #!/bin/bash
 #SBATCH --job-name={name}
@@ -47,6 +46,13 @@ exec ckptd launch --dir "$SLURM_SUBMIT_DIR/ckptd-runs" -- {command}
 @click.option(
     "--cpus", type=click.IntRange(min=1), default=8, show_default=True, help="Processors."
 )
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Nodes; COMMAND starts one task on each: srun torchrun …",
+)
 @click.option("--time", "limit", default="04:00:00", show_default=True, help="The time limit.")
 @click.option("--array", help='Tasks of an array: "0-9". $SLURM_ARRAY_TASK_ID tells them apart.')
 @click.option(
@@ -64,6 +70,7 @@ def command(
     partition: str | None,
     gpus: int,
     cpus: int,
+    nodes: int,
     limit: str,
     array: str | None,
     warning_s: int,
@@ -75,6 +82,8 @@ def command(
     asked = {
         "partition": partition,
         "array": array,
+        "nodes": str(nodes) if nodes > 1 else None,
+        "ntasks-per-node": "1" if nodes > 1 else None,
         "gres": f"gpu:{gpus}" if gpus else None,
         "cpus-per-task": str(cpus),
         "time": limit,
@@ -91,9 +100,8 @@ def command(
         command=" ".join(_word(word) for word in argv),
     )
     sys.stdout.write(script)
-    refusal = _refusal(argv)
-    if refusal is not None:
-        click.echo(f"ckptd: {refusal}", err=True)
+    for advice in _advice(argv, nodes):
+        click.echo(f"ckptd: {advice}", err=True)
     return 0
 
 
@@ -108,23 +116,21 @@ def _word(word: str) -> str:
     return f'"{"".join(parts)}{_SPECIAL.sub(_ESCAPED, word[at:])}"'
 
 
-def _refusal(argv: tuple[str, ...]) -> str | None:
-    """Why ckptd will refuse a command that is one training over several ranks; None: it is not."""
-    names: tuple[str, ...] = ()
-    several = False
-    for word, following in zip(argv, (*argv[1:], ""), strict=True):
-        names = _RANKS.get(Path(word).name, names)
+def _advice(argv: tuple[str, ...], nodes: int) -> Iterator[str]:
+    """What a person should change in the command before it is submitted."""
+    names = [Path(word).name for word in argv]
+    if nodes > 1 and "srun" not in names:
+        yield (
+            f"the job has {nodes} nodes, and this command runs on the first one only: put `srun` "
+            "in front of it, as slurm/several-nodes.sbatch does"
+        )
+    launchers = [number for number, name in enumerate(names) if name in _TORCHRUN]
+    for word, following in pairwise((*argv[launchers[0] :], "") if launchers else ()):
         if word.endswith(".py"):
             break  # what comes now are the script's own options
         option, _, value = word.partition("=")
-        if option[:1] == "-" != option[1:2]:  # -n4
-            option, value = word[:2], word[2:]
-        # Also "gpu", "auto" and "1:4" of torchrun: as many as there are.
-        several |= option in names and (value or following) not in ("0", "1")
-    if not several:
-        return None
-    return (
-        "this command starts several ranks of one training. ckptd carries jobs of one process, and "
-        "their workers will refuse to start. Trainings that are independent of each other can be "
-        "started by `srun`, each under a ckptd of its own: slurm/several-tasks.sbatch"
-    )
+        if option in _RESTARTS and (value or following) != "0":
+            yield (
+                f"{option}: ckptd starts the whole job again when a rank dies, and does not know "
+                "ranks that torchrun has started again: leave it at 0"
+            )

@@ -270,10 +270,12 @@ def test_it_hangs(workshop: Workshop, scontrol: Scontrol, monkeypatch: pytest.Mo
     assert job.doubts(None)[0][0].startswith("scontrol: scontrol did not answer")
 
 
-def printed(*argv: str) -> subprocess.CompletedProcess[str]:
+def printed(
+    *argv: str, options: tuple[str, ...] = ("--array", "0-9")
+) -> subprocess.CompletedProcess[str]:
     """What `ckptd slurm-script` prints for a command."""
     return subprocess.run(
-        [sys.executable, "-m", "ckptd", "slurm-script", "--array", "0-9", "--", *argv],
+        [sys.executable, "-m", "ckptd", "slurm-script", *options, "--", *argv],
         capture_output=True,
         text=True,
         check=True,
@@ -299,18 +301,23 @@ def test_a_printed_scripts_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "refused"),
+    ("line", "said"),
     [
-        ("srun torchrun --nproc-per-node=2 train.py", True),
-        ("srun -n4 python train.py", True),
-        ("python -m torch.distributed.run --nproc_per_node gpu train.py", True),
-        ("srun --ntasks 1 torchrun --nnodes=1 --nproc-per-node 1 train.py -n 4", False),
-        ("python train.py", False),
+        ("python train.py", ""),
+        ("torchrun --nproc-per-node 4 train.py --max-restarts 3", ""),
+        ("torchrun --max-restarts=0 train.py", ""),
+        ("torchrun --max-restarts 3 train.py", "leave it at 0"),
+        ("python -m torch.distributed.run --max_restarts=2 train.py", "leave it at 0"),
+        ("--nodes 2 -- srun torchrun --nnodes=2 train.py", ""),
+        ("--nodes 2 -- torchrun --nnodes=2 train.py", "put `srun` in front"),
     ],
 )
-def test_a_printed_script_of_several_ranks(line: str, refused: bool) -> None:
-    """It is said before it waits in the queue that it will be refused."""
-    assert ("refuse to start" in printed(*line.split()).stderr) == refused
+def test_a_printed_script_of_several_ranks(line: str, said: str) -> None:
+    """What would go wrong is said before it waits in the queue, and nothing else."""
+    options, _, words = line.rpartition("-- ")
+    done = printed(*words.split(), options=tuple(options.split()))
+    assert (said in done.stderr) if said else (done.stderr == "")
+    assert ("#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in done.stdout) == bool(options)
 
 
 def test_what_the_doctor_finds(
