@@ -22,7 +22,7 @@ import msgspec
 import torch
 
 from ckptd import wire
-from ckptd.errors import DamagedError
+from ckptd.errors import CannotCarryError, DamagedError
 from ckptd.host import memory
 from ckptd.store import image
 from ckptd.store.manifest import STATE
@@ -94,6 +94,11 @@ class Writer:
 
     def _place(self, file: str, name: str, tensor: torch.Tensor, *, own: bool) -> list[Json]:
         address = tensor.data_ptr()
+        if not address and getattr(tensor, "device_mesh", None) is not None:
+            raise CannotCarryError(
+                f"`{name}` in {file} is a {type(tensor).__name__}: a tensor that is shared out "
+                "among ranks can't be carried yet"
+            )
         same = self._placed.get(address)
         if same and not own:
             for other, placed in same:

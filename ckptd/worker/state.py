@@ -260,6 +260,7 @@ class ModuleCarrier(Carrier):
     def __init__(self, name: str, target: Any) -> None:
         super().__init__(name, target)
         self._names: _Names | None = None  # objects are not held on to, the script may drop them
+        self._refuse_sharded()
         self._at_first = {
             key: tree.freeze(value, key).tree
             for key, value in self._attributes(*self._members()).items()
@@ -270,6 +271,31 @@ class ModuleCarrier(Carrier):
             path: {key: value for key, value in vars(module).items() if type(value) in _UNCHANGING}
             for path, module in self.modules()
         }
+
+    def _refuse_sharded(self) -> None:
+        """A rank holds a part of such a parameter, and its state_dict may need all the others.
+
+        Raises:
+            CannotCarryError: names the first one.
+        """
+        found = next(
+            (f"`{n}` is a {type(m).__name__}" for n, m in self.target.named_modules() if _fsdp(m)),
+            None,
+        ) or next(
+            (
+                f"`{n}` is a {type(p).__name__}"
+                for n, p in self.target.named_parameters()
+                if _part(p)
+            ),
+            None,
+        )
+        if found is not None:
+            raise CannotCarryError(
+                f"`{self.name}`: {found}: parameters that are shared out among ranks (FSDP, tensor "
+                "parallelism) can't be carried yet; those of DistributedDataParallel can. Start "
+                "this script without ckptd; or, if it saves itself on a signal, without attach by "
+                "`ckptd launch --flush-signal`"
+            )
 
     @property
     def module(self) -> torch.nn.Module:
@@ -808,6 +834,16 @@ def _holds_tensors(value: Any) -> bool:
 
 def _no_tensor(number: int) -> torch.Tensor:
     raise AssertionError(f"tensor {number} of a value that was seen to hold none")
+
+
+def _fsdp(module: torch.nn.Module) -> bool:
+    # By name: importing them takes as long as all the rest.
+    return any(one.__name__ == "FullyShardedDataParallel" for one in type(module).__mro__)
+
+
+def _part(parameter: torch.Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return getattr(parameter, "device_mesh", None) is not None
 
 
 def _is_weight(value: Any) -> bool:
