@@ -435,7 +435,7 @@ def test_a_dying_process_writes_into_the_memory(workshop: Workshop) -> None:
 
 def test_checkpoints_that_somebody_removed(workshop: Workshop) -> None:
     """It is said, and new ones are made from there on."""
-    argv = fake("--life", "60", "--lives", "1")
+    argv = fake("--life", "200", "--lives", "1")
     options = ("--every", "0.05", "--memory-tier", "off")
     launched = Launched(workshop, *argv, options=options)
     launched.wait_for("step 40")
