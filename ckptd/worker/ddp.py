@@ -55,7 +55,7 @@ class Replicas:
             names: `id(parameter)` -> name, of all that is tracked.
         """
         found: dict[str, Json] = {}
-        for one in self._found:
+        for one in list(self._found):
             key = _key(one, names)
             if key is not None and not one.find_unused_parameters:
                 found[key] = {
@@ -69,9 +69,9 @@ class Replicas:
         self, saved: dict[str, Json], names: dict[int, str], say: Callable[[str], object]
     ) -> None:
         """Make the buckets what they were; called by all ranks at the same place."""
-        # In the order of the record, so that all ranks reduce the same at the same time.
-        by_key = {_key(one, names): one for one in self._found}
-        for key, record in saved.items():
+        by_key = {_key(one, names): one for one in list(self._found)}
+        # In the order of their names: all ranks must reduce the same at the same time.
+        for key, record in sorted(saved.items()):
             one = by_key.get(key)
             order = record["rebuilt"] or record["ready"]
             if one is None or not order:

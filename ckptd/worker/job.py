@@ -367,12 +367,13 @@ class LaunchedJob(Job):
     def answer(self) -> None:
         began_s = time.monotonic()
         word = int(self.words[wire.WORD_REQUEST])
-        request = wire.request_of(word)
         if self._ranks > 1:
-            due = self._is_due(word)
+            due = self._due()
             self._stood_s += time.monotonic() - began_s
-            if not due:
+            if due is None:
                 return
+            word = due
+        request = wire.request_of(word)
         self.answered = word
         if request is wire.Request.ORPHANED:
             self._save_alone()
@@ -388,20 +389,22 @@ class LaunchedJob(Job):
         if request is wire.Request.LEAVE:
             self._leave(generation)
 
-    def _is_due(self, word: int) -> bool:
-        """Stand still until it is agreed where to flush; whether that is here."""
+    def _due(self) -> int | None:
+        """Stand still until it is agreed where to flush; the request, if that is here."""
         page = self._link.page
         until_s = time.monotonic() + _AGREES_WITHIN_S
-        while (target := page.agreed(word)) is None:
+        # It may become another one meanwhile. Who would go on then could pass what that one is
+        # agreed upon, where others stand already.
+        while (target := page.agreed(word := int(self.words[wire.WORD_REQUEST]))) is None:
             if self._orphans is not None and self._orphans.failed is not None:
                 self._give_up(self._orphans.failed)
-            if self.words[wire.WORD_REQUEST] != word or time.monotonic() > until_s:
-                return False  # another request came, or nobody decides: the next safe point sees
+            if time.monotonic() > until_s:
+                return None  # nobody decides: the next safe point sees
             time.sleep(_AGREES_POLL_S)
         if not target:
             self.answered = word  # it is asked again, when the ranks are nearer to each other
-            return False
-        return self._loops.position() >= target
+            return None
+        return word if self._loops.position() >= target else None
 
     def _leave(self, generation: int) -> None:
         """Wait for the receipt and end. The state is in the supervisor's hands already."""
@@ -632,8 +635,9 @@ class LaunchedJob(Job):
         self._outputs.check()
         rng.check_global(document["generators"])
         if self._replicas is not None:
-            with _reading("its gradient buckets", where):
-                self._replicas.restore(document["replicas"], naming, self.say_once)
+            # What another rank's death does to a collective is raised as it comes: it is not the
+            # checkpoint's fault, and starting again helps.
+            self._replicas.restore(document["replicas"], naming, self.say_once)
         for one, saved in pairs:
             with _reading(f"`{one.name}`", where):
                 one.restore(saved, naming)
