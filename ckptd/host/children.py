@@ -139,7 +139,9 @@ class Stranger:
 
     def is_gone(self) -> bool:
         """Whether it has ended."""
-        return bool(select.select([self._pidfd], [], [], 0)[0])
+        ended = select.poll()
+        ended.register(self._pidfd, select.POLLIN)
+        return bool(ended.poll(0))
 
     def close(self) -> None:
         """Let go of the handle."""

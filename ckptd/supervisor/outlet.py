@@ -90,7 +90,9 @@ class Outlet:
                 try:
                     rest = rest[os.write(self._descriptor, rest) :]
                 except BlockingIOError:  # whoever shares the terminal made it so
-                    select.select([], [self._descriptor], [])
+                    waiting = select.poll()  # select knows no descriptor above 1023
+                    waiting.register(self._descriptor, select.POLLOUT)
+                    waiting.poll()
         except OSError as error:
             self._failed(error)
         finally:

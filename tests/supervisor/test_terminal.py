@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
@@ -130,15 +131,19 @@ def test_what_does_not_fit(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatc
     assert came == taken
     assert hand.drain(BOUND_S)
     assert out.put(b"again"), "there is room again"
+    assert hand.drain(BOUND_S)
 
 
 def test_a_stream_that_does_not_block(pipe: tuple[int, int]) -> None:
-    """A terminal that another program made non-blocking loses nothing."""
-    os.set_blocking(pipe[1], False)
+    """A terminal that another program made non-blocking loses nothing, whatever its number."""
+    high = fcntl.fcntl(pipe[1], fcntl.F_DUPFD, 1024)
+    os.set_blocking(high, False)
     hand, chunk = Hand(), os.urandom(1 << 20)
-    Outlet(pipe[1], hand, pytest.fail).put(chunk)
+    Outlet(high, hand, pytest.fail).put(chunk)
     came = b""
     while len(came) < len(chunk):
         threading.Event().wait(0.001)
         came += os.read(pipe[0], 1 << 16)
     assert came == chunk
+    assert hand.drain(BOUND_S)
+    os.close(high)
