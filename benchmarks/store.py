@@ -126,7 +126,7 @@ class Ours:
             table = wire.table_in(memory.readable(descriptor), snapshot.table)
             with (
                 figures.timed("ckptd: durable"),
-                memory.pieces(descriptor, wire.places(table.files)) as files,
+                memory.pieces([(descriptor, wire.places(table.files))]) as files,
             ):
                 store.publish_attempt(
                     RealDisk(),

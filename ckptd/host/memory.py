@@ -11,7 +11,7 @@ import os
 import resource
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,9 +195,18 @@ def readable(descriptor: int) -> memoryview:
 
 
 @contextmanager
-def pieces(descriptor: int, places: Mapping[str, slice]) -> Iterator[dict[str, memoryview]]:
-    """Named pieces of a memfd's bytes, read-only, while the context lasts."""
-    # The mapping is not closed here: after an error the frames of whoever raised it still look into
-    # it, and closing would replace that error by a BufferError. It goes with the last view.
-    whole = readable(descriptor)
-    yield {name: whole[place] for name, place in places.items()}
+def pieces(
+    memories: Iterable[tuple[int, Mapping[str, slice]]],
+) -> Iterator[dict[str, memoryview]]:
+    """Named pieces of the bytes of some memfds, read-only, while the context lasts.
+
+    Args:
+        memories: each one's descriptor, and where in it the pieces are; all names differ.
+    """
+    # The mappings are not closed here: after an error the frames of whoever raised it still look
+    # into them, and closing would replace that error by a BufferError. They go with the last view.
+    found = {}
+    for descriptor, places in memories:
+        whole = readable(descriptor)
+        found.update({name: whole[place] for name, place in places.items()})
+    yield found

@@ -7,13 +7,15 @@ accepts is well-formed; whether the files are what it says is `store.verify`'s t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Final, TypeVar
 
 import msgspec
 import xxhash
 
 from ckptd.errors import DamagedError
+
+T = TypeVar("T")
 
 NAME: Final = "manifest.json"
 #: The file that every checkpoint has: all that is no tensor.
@@ -133,6 +135,11 @@ def rank_file(rank: int, name: str) -> str:
     No tracked object's file can be called so: an object's name is an identifier.
     """
     return name if rank == 0 else f"rank-{rank}.{name}"
+
+
+def in_checkpoint(rank: int, files: Mapping[str, T]) -> dict[str, T]:
+    """What a rank knows by its own names, by the names in the checkpoint."""
+    return {rank_file(rank, name): what for name, what in files.items()}
 
 
 def files_of(rank: int, names: Iterable[str]) -> dict[str, str]:

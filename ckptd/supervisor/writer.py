@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -169,13 +169,9 @@ def publish(disk: Disk, run: Path, job: Job, attempt: int, created: float) -> st
         )
 
 
-@contextmanager
-def _contents(job: Job) -> Iterator[dict[str, memoryview]]:
+def _contents(job: Job) -> AbstractContextManager[dict[str, memoryview]]:
     """All files of a state, by their names in the checkpoint."""
-    with ExitStack() as stack:
-        contents = {}
-        for part in job.parts:
-            pieces = memory.pieces(part.descriptor, wire.places(part.table.files))
-            for name, content in stack.enter_context(pieces).items():
-                contents[manifests.rank_file(part.rank, name)] = content
-        yield contents
+    return memory.pieces(
+        (part.descriptor, manifests.in_checkpoint(part.rank, wire.places(part.table.files)))
+        for part in job.parts
+    )

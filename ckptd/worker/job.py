@@ -366,13 +366,14 @@ class LaunchedJob(Job):
 
     def answer(self) -> None:
         began_s = time.monotonic()
-        word = int(self.words[wire.WORD_REQUEST])
         if self._ranks > 1:
             due = self._due()
             self._stood_s += time.monotonic() - began_s
             if due is None:
                 return
             word = due
+        else:
+            word = int(self.words[wire.WORD_REQUEST])
         request = wire.request_of(word)
         self.answered = word
         if request is wire.Request.ORPHANED:
@@ -462,9 +463,9 @@ class LaunchedJob(Job):
         }
         self._outputs.durable(self._link.durable)
         outputs = self._outputs.unsynced()
-        arena, table, place = writer.write(document, outputs, self._arenas, self._layouts)
+        arena, table, listed = writer.write(document, outputs, self._arenas, self._layouts)
         where = self._loops.described() if self._ranks > 1 else ""
-        return _Captured(arena, self._loops.step, table.files, table.outputs, place, where)
+        return _Captured(arena, self._loops.step, table, listed, where)
 
     def _announce_size(self) -> None:
         """Before the first step: about how much a snapshot will need.
@@ -502,10 +503,10 @@ class LaunchedJob(Job):
         message = wire.Snapshot(
             self._generation,
             captured.step,
-            captured.table,
+            captured.listed,
             asked,
             time.monotonic() - began_s + self._stood_s,
-            captured.place,
+            captured.where,
         )
         self._stood_s = 0.0
         if asked:
@@ -541,7 +542,7 @@ class LaunchedJob(Job):
         Raises:
             CkptdError, OSError: this state is not durable.
         """
-        told = orphans.Told(captured.step, captured.place, captured.table)
+        told = orphans.Told(captured.step, captured.where, captured.listed)
         if self._rank:
             others.leave_snapshot(told, memory.readable(captured.arena.descriptor))
             others.check_outcome()
@@ -769,21 +770,22 @@ class _Refusals:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A whole state in memory; the outputs are to be synced before it is published.
+    """A whole state in memory.
 
-    `table` is where both lists are written down in the memory.
+    Attributes:
+        listed: where in the memory its table is written down.
+        where: in the script it was taken; see `wire.Snapshot.place`.
     """
 
     arena: Arena
     step: int
-    extents: list[wire.Extent]
-    outputs: list[str]
-    table: wire.Place
-    place: str
+    table: wire.Table
+    listed: wire.Place
+    where: str
 
     def part(self) -> tuple[int, wire.Table]:
         """The descriptor of the memory, and what is where in it."""
-        return self.arena.descriptor, wire.Table(self.extents, self.outputs)
+        return self.arena.descriptor, self.table
 
 
 def _publish_alone(
@@ -796,12 +798,11 @@ def _publish_alone(
         FencedError: a newer attempt of the job runs somewhere.
     """
     disk = RealDisk()
-    with ExitStack() as stack:
-        files = {}
-        for rank, (descriptor, table) in parts.items():
-            pieces = memory.pieces(descriptor, wire.places(table.files))
-            for name, content in stack.enter_context(pieces).items():
-                files[manifests.rank_file(rank, name)] = content
+    memories = [
+        (descriptor, manifests.in_checkpoint(rank, wire.places(table.files)))
+        for rank, (descriptor, table) in parts.items()
+    ]
+    with memory.pieces(memories) as files:
         store.publish_attempt(
             disk,
             run,

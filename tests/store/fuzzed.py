@@ -303,7 +303,7 @@ def main():
     pause(script(run))
     message, descriptor = Link.sent
     table = wire.table_in(memory.readable(descriptor), message.table)
-    with memory.pieces(descriptor, wire.places(table.files)) as pieces:
+    with memory.pieces([(descriptor, wire.places(table.files))]) as pieces:
         files = {name: bytes(piece) for name, piece in pieces.items()}
     usual, watched, strange, seen = settings.capture(), [None], [None], []
 

@@ -81,7 +81,7 @@ class NearLink:
             return
         snapshot, descriptor = self.held
         table = wire.table_in(memory.readable(descriptor), snapshot.table)
-        with memory.pieces(descriptor, wire.places(table.files)) as files:
+        with memory.pieces([(descriptor, wire.places(table.files))]) as files:
             store.publish_attempt(
                 UnsyncedDisk(),
                 self.run,

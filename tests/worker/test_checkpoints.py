@@ -34,7 +34,7 @@ def captured(step: int) -> jobs._Captured:
     entry = writer.add("model", Frozen(None, [("weight", WEIGHTS)]))
     document = {"format": FORMAT, "model": entry}
     arena, table, place = writer.write(document, [], Arenas(), Layouts())
-    return jobs._Captured(arena, step, table.files, [], place, "")
+    return jobs._Captured(arena, step, table, place, "")
 
 
 def welcome(run: Path, keep: int = 1) -> wire.Welcome:
