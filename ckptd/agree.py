@@ -27,6 +27,13 @@ counters in shared memory, where they can be read while a rank is within a colle
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
+
+#: From when on a request that was written into a page is certainly seen (rule 3): what a processor
+#: has written reaches the others within microseconds.
+SEEN_S: Final = 0.002
+#: How often to ask again rather than to agree upon the end of an outer loop's item (rule 5).
+PATIENT_TRIES: Final = 8
 
 #: Per open loop, outermost first: which loop of the item around it, and how many items are done.
 Position = tuple[tuple[int, int], ...]

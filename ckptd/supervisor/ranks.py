@@ -26,17 +26,13 @@ from ckptd.host.children import Stranger
 from ckptd.supervisor.server import Peer
 from ckptd.supervisor.writer import Part
 
-#: From when on a request that was written into a page is certainly seen: what a processor has
-#: written reaches the others within microseconds.
-_SEEN_S: Final = 0.002
 #: Within so long ranks on other machines say where they are. Less than the ranks of this machine
 #: stand still for it.
 _SAY_S: Final = 5.0
 #: Of a process that is told to end at once. Less than `Policy.kill_s`.
 _ANSWERS_WITHIN_S: Final = 8.0
-_ASK_AGAIN_S: Final = 0.02  # then twice as long, and so on
+_ASK_AGAIN_S: Final = 0.02  # then twice as long, and so on: patient for about two seconds
 _ASK_AGAIN_S_MAX: Final = 0.5
-_PATIENT_TRIES: Final = 8  # about two seconds
 _NAMED_MAX: Final = 8
 _PENDING_MAX: Final = 2  # snapshots of one rank that wait for those of the others
 
@@ -299,7 +295,7 @@ class Ranks:
             return
         target = None
         if len(known) == len(positions):
-            target = agree.target(known, patient=request.tries < _PATIENT_TRIES)
+            target = agree.target(known, patient=request.tries < agree.PATIENT_TRIES)
         for worker in self:
             worker.agree(request.word, target)
         if target is None:
@@ -312,7 +308,7 @@ class Ranks:
         self._workers[rank].seen = message.word, message.position
         request = self._request
         if request is not None and request.frozen and request.word == message.word:
-            request.due_s = min(request.due_s, now_s)  # it has waited for _SEEN_S itself
+            request.due_s = min(request.due_s, now_s)  # it has waited for SEEN_S itself
 
     def answered(self, rank: int, word: int, place: str, now_s: float) -> str | None:
         """A rank has answered; what to say if the ranks did so at different places."""
@@ -322,10 +318,9 @@ class Ranks:
         request.answers[rank] = place
         if len(request.answers) < self.size:
             return None
-        self._request = None
         if len(set(request.answers.values())) == 1:
+            self._request = None
             return None
-        self._request = request
         self._ask_later(request, now_s)
         one, other = sorted(set(request.answers.values()))[:2]
         ranks = {where: number for number, where in request.answers.items()}
@@ -355,7 +350,7 @@ class Ranks:
     def _freeze(self, serial: int, now_s: float, *, leave: bool, tries: int) -> None:
         word = wire.request_word(len(self._words) + 1, _kind(leave=leave))
         self._words[word] = serial
-        due_s, until_s = now_s + _SEEN_S, now_s + _SAY_S
+        due_s, until_s = now_s + agree.SEEN_S, now_s + _SAY_S
         self._request = _Request(serial, leave, word, due_s, until_s, tries=tries)
         for worker in self:
             worker.ask(word)

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from ckptd import wire
+from ckptd import agree, wire
 from ckptd.errors import ProtocolError
 from ckptd.host import memory, sockets
 from ckptd.host.streams import Kind, Parcel, Stream
@@ -33,8 +33,6 @@ from ckptd.host.streams import Kind, Parcel, Stream
 #: Snapshots on their way: a network that is slower than they are made must not fill the memory.
 _GOING_MAX: Final = 2
 _PROGRESS_EVERY_S: Final = 1.0
-#: From when on a request that was written into the page is certainly seen by the loop.
-_SEEN_S: Final = 0.002
 
 
 class Bridge:
@@ -147,7 +145,7 @@ class Bridge:
         match message:
             case wire.Asked(word):
                 self._page.words[wire.WORD_REQUEST] = word
-                time.sleep(_SEEN_S)
+                time.sleep(agree.SEEN_S)
                 seen = wire.Seen(word, self._page.position())
                 self._stream.send(Kind.MESSAGE, wire.encode(seen))
             case wire.Agreed(word, target):

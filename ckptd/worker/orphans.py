@@ -27,9 +27,7 @@ from ckptd.store import retention
 
 T = TypeVar("T")
 
-_SEEN_S: Final = 0.002  # as for a supervisor: from then on, who passes a safe point has seen it
 _POLL_S: Final = 0.02
-_PATIENT_ROUNDS: Final = 8
 _PAUSE_S: Final = 0.25
 #: A file that another machine made may be seen a minute later on a network file system.
 _AGREE_WITHIN_S: Final = 150.0
@@ -83,10 +81,11 @@ class Orphans:
         while True:
             word = word_of(number)
             page.words[wire.WORD_REQUEST] = word
-            time.sleep(_SEEN_S)
+            time.sleep(agree.SEEN_S)
             self._tell(f"round-{number}", page.position())
             positions = self._hear(f"round-{number}", agree.Position, _AGREE_WITHIN_S)
-            target = agree.target(list(positions.values()), patient=number < _PATIENT_ROUNDS)
+            patient = number < agree.PATIENT_TRIES
+            target = agree.target(list(positions.values()), patient=patient)
             page.agree(word, target)
             if target is not None:
                 return

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 
-from ckptd import wire
+from ckptd import agree, wire
 from ckptd.errors import SilentRanksError
 from ckptd.host.disk import RealDisk
 from ckptd.worker import orphans
@@ -77,7 +77,7 @@ def test_they_ask_again_while_they_are_apart(
     found = at_once([lambda page=page, one=one: agreed(page, one) for page, one in pairs])
     assert found == [((0, 3),)] * 2
     assert {page.words[wire.WORD_REQUEST] for page in pages} == {
-        orphans.word_of(orphans._PATIENT_ROUNDS)
+        orphans.word_of(agree.PATIENT_TRIES)
     }
 
 
