@@ -30,7 +30,7 @@ from ckptd.worker import tree
 from ckptd.worker.arena import Arena, Arenas
 from ckptd.worker.copies import Copies
 from ckptd.worker.resting import Resting
-from ckptd.worker.state import Saved
+from ckptd.worker.state import Saved, is_sharded
 from ckptd.worker.tree import Frozen, Json
 
 FORMAT: Final = 1
@@ -94,7 +94,7 @@ class Writer:
 
     def _place(self, file: str, name: str, tensor: torch.Tensor, *, own: bool) -> list[Json]:
         address = tensor.data_ptr()
-        if not address and getattr(tensor, "device_mesh", None) is not None:
+        if not address and is_sharded(tensor):
             raise CannotCarryError(
                 f"`{name}` in {file} is a {type(tensor).__name__}: a tensor that is shared out "
                 "among ranks can't be carried yet"

@@ -260,10 +260,11 @@ class ModuleCarrier(Carrier):
     def __init__(self, name: str, target: Any) -> None:
         super().__init__(name, target)
         self._names: _Names | None = None  # objects are not held on to, the script may drop them
-        self._refuse_sharded()
+        members, names = self._members()
+        self._refuse_sharded(members, names)
         self._at_first = {
             key: tree.freeze(value, key).tree
-            for key, value in self._attributes(*self._members()).items()
+            for key, value in self._attributes(members, names).items()
             if not _holds_tensors(value)
         }
         # Most attributes are numbers and names that never change: these are compared as they are.
@@ -272,29 +273,22 @@ class ModuleCarrier(Carrier):
             for path, module in self.modules()
         }
 
-    def _refuse_sharded(self) -> None:
+    def _refuse_sharded(self, members: _Members, names: _Names) -> None:
         """A rank holds a part of such a parameter, and its state_dict may need all the others.
 
         Raises:
-            CannotCarryError: names the first one.
+            CannotCarryError: names one.
         """
-        found = next(
-            (f"`{n}` is a {type(m).__name__}" for n, m in self.target.named_modules() if _fsdp(m)),
-            None,
-        ) or next(
-            (
-                f"`{n}` is a {type(p).__name__}"
-                for n, p in self.target.named_parameters()
-                if _part(p)
-            ),
-            None,
-        )
-        if found is not None:
+        modules = zip(names.modules, members.modules, strict=True)
+        sharded: list[tuple[str, object]] = [(n, m) for n, m in modules if _is_fsdp(m)]
+        sharded += [(n, p) for n, p in _named_parameters(members, names) if is_sharded(p)]
+        if sharded:
+            name, one = sharded[0]
             raise CannotCarryError(
-                f"`{self.name}`: {found}: parameters that are shared out among ranks (FSDP, tensor "
-                "parallelism) can't be carried yet; those of DistributedDataParallel can. Start "
-                "this script without ckptd; or, if it saves itself on a signal, without attach by "
-                "`ckptd launch --flush-signal`"
+                f"`{self.name}`: `{name}` is a {type(one).__name__}: parameters that are shared "
+                "out among ranks (FSDP, tensor parallelism) can't be carried yet; those of "
+                "DistributedDataParallel can. Start this script without ckptd; or, if it saves "
+                "itself on a signal, without attach by `ckptd launch --flush-signal`"
             )
 
     @property
@@ -836,14 +830,14 @@ def _no_tensor(number: int) -> torch.Tensor:
     raise AssertionError(f"tensor {number} of a value that was seen to hold none")
 
 
-def _fsdp(module: torch.nn.Module) -> bool:
+def _is_fsdp(module: torch.nn.Module) -> bool:
     # By name: importing them takes as long as all the rest.
     return any(one.__name__ == "FullyShardedDataParallel" for one in type(module).__mro__)
 
 
-def _part(parameter: torch.Tensor) -> bool:
-    """Whether it is a DTensor."""
-    return getattr(parameter, "device_mesh", None) is not None
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, of which this rank has a part: it has no memory of its own."""
+    return getattr(tensor, "device_mesh", None) is not None
 
 
 def _is_weight(value: Any) -> bool:

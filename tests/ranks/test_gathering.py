@@ -62,6 +62,15 @@ def test_a_rank_that_comes_to_a_place_again(two: Ranks) -> None:
     assert two.gather(other) == ([new, other], [])
 
 
+def answering(ranks: Ranks) -> int:
+    """Let all be at one place, be asked, and be told where to answer; the request's word."""
+    for worker in ranks:
+        is_at(worker, (0, 4))
+    ranks.ask(3, 10.0, leave=False)
+    ranks.look(ranks.due_s())
+    return ranks.page().words[wire.WORD_REQUEST]
+
+
 def test_who_is_refused() -> None:
     """A rank that is there already, one of another job, and one that can't be."""
     ranks = Ranks()
@@ -109,11 +118,7 @@ def test_they_go_on_while_they_are_apart(two: Ranks) -> None:
 
 def test_answers_from_two_places_are_said(two: Ranks) -> None:
     """With both places, and they are asked again."""
-    for rank in range(2):
-        is_at(two.worker(rank), (0, 4))
-    two.ask(3, 10.0, leave=False)
-    two.look(two.due_s())
-    word = two.page().words[wire.WORD_REQUEST]
+    word = answering(two)
     assert two.answered(0, word, "a.py:3 #0, 5 items done", 11.0) is None
     said = two.answered(1, word, "a.py:9 #1, 0 items done", 11.0)
     assert said is not None
@@ -125,10 +130,6 @@ def test_answers_from_two_places_are_said(two: Ranks) -> None:
 
 def test_earlier_snapshots_stand_only_together(two: Ranks) -> None:
     """Each rank's own number of it, once all have answered so."""
-    for rank in range(2):
-        is_at(two.worker(rank), (0, 4))
-    two.ask(3, 10.0, leave=False)
-    two.look(two.due_s())
-    word = two.page().words[wire.WORD_REQUEST]
+    word = answering(two)
     assert two.stood(0, word, 8) is None
     assert two.stood(1, word, 9) == {0: 8, 1: 9}

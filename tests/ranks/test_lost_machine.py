@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
-import time
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 
 from ckptd import wire
 from ckptd.host import memory, streams
@@ -62,6 +64,11 @@ def cable() -> Iterator[tuple[list[str], Callable[[], object]]]:
         ip("netns", "del", name)
 
 
+def unacknowledged(stream: streams.Stream) -> int:
+    """Bytes on their way to the other end."""
+    return int.from_bytes(fcntl.ioctl(stream.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
 def test_both_ends_notice(
     cable: tuple[list[str], Callable[[], object]],
     tmp_path: Path,
@@ -85,7 +92,8 @@ def test_both_ends_notice(
         page = memory.make("page", wire.PAGE_BYTES)
         peer.send(wire.Welcome("job", "/run", 1, None, None, 1), [page, *others])
         assert worker.stdout.readline() == "attached\n"
-        time.sleep(0.5)  # all is acknowledged: nothing is on its way to the rank
+        (relay,) = relays._relays
+        wait_until(lambda: unacknowledged(relay._stream) == 0)
         pull()
         assert peer.receive() is None
         assert worker.stdout.readline() == "orphaned\n"
