@@ -6,10 +6,11 @@ where it should be.
 
 from __future__ import annotations
 
+import functools
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -21,11 +22,27 @@ from ckptd.supervisor.run import Run
 
 pytestmark = pytest.mark.real
 
+TORCHRUN = f"{sys.executable} -m torch.distributed.run"
 LAUNCH = f"{sys.executable} -m ckptd launch --overhead 0"
 TRAIN = f"{sys.executable} {SCRIPTS}/train.py"
 TASK = "$SLURM_ARRAY_TASK_ID"
 PRINT = ("slurm-script", "--gpus", "0", "--cpus", "1", "--partition", "low", "--time", "60")
 INTERRUPTED = {"INTERRUPT": "mid-epoch:WAIT"}
+#: One training over two nodes: how its ranks are started, and how many there are.
+SEVERAL = {
+    "srun torchrun": (
+        f"srun --nodes=2 --ntasks=2 --kill-on-bad-exit=1 {TORCHRUN} --nnodes=2 --nproc-per-node=1"
+        " --rdzv-backend=c10d --rdzv-endpoint=localhost:$PORT --local-addr=127.0.0.1"
+    ),
+    "srun python": f"srun --ntasks=3 --kill-on-bad-exit=1 ./rank.sh {sys.executable}",
+}
+RANKS = {"srun torchrun": 2, "srun python": 3}
+#: Where the ordinary run has no time for both.
+ONE_TRACKER = pytest.mark.parametrize(
+    "whole_cluster",
+    [TRACKERS[0], pytest.param(TRACKERS[1], marks=pytest.mark.nightly)],
+    indirect=True,
+)
 
 
 @pytest.fixture(scope="session", params=TRACKERS)
@@ -294,34 +311,98 @@ def test_behind_srun(
     assert any(event["event"] == "restored" for event in workshop.journal(f"slurm-{job}"))
 
 
-def test_ranks_on_two_nodes(cluster: Cluster, workshop: Workshop) -> None:
+@pytest.fixture(scope="session")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[str]]:
+    """What the plain script comes to, over so many ranks."""
+
+    @functools.cache
+    def plain(ranks: int) -> list[str]:
+        path = tmp_path_factory.mktemp(f"plain{ranks}")
+        torchrun = (*TORCHRUN.split(), "--standalone", f"--nproc-per-node={ranks}")
+        Workshop(path).plain(*torchrun, str(SCRIPTS / "ranks.py"))
+        return results(path, ranks)
+
+    return plain
+
+
+def results(path: Path, ranks: int) -> list[str]:
+    """Every loss, and what the weights and the optimizer's state came to, of each rank."""
+    names = [f"{name}-{rank}.txt" for name in ("losses", "final") for rank in range(ranks)]
+    return [(path / name).read_text() for name in names]
+
+
+def over_two_nodes(cluster: Cluster, workshop: Workshop, how: str) -> Batch:
+    """A job whose training has several ranks, on two nodes."""
+    inner = workshop.path / "rank.sh"
+    inner.write_text(
+        "#!/bin/bash\nexport RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS\n"
+        'export MASTER_ADDR=127.0.0.1 MASTER_PORT=$PORT\nexec "$@"\n'
+    )
+    inner.chmod(0o755)
+    words = f"--dir {workshop.path}/runs -- {SEVERAL[how]} {SCRIPTS}/ranks.py"
+    return Batch(cluster, workshop, body=f"export PORT={free_port()}\nexec {LAUNCH} {words}\n")
+
+
+def check_several(cluster: Cluster, batch: Batch, job: str, reference: list[str]) -> None:
+    """The job completed, bit for bit as the plain script on every rank, and left no process."""
+    cluster.wait_for(job, JobState="COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|PREEMPTED")
+    assert cluster.show(job)["JobState"] == "COMPLETED", batch.told()
+    assert results(batch.path, len(reference) // 2) == reference
+    assert cluster.processes(job) == []
+
+
+@ONE_TRACKER
+def test_ranks_on_two_nodes(
+    cluster: Cluster, workshop: Workshop, several: Callable[[int], list[str]]
+) -> None:
     """`ckptd launch -- srun torchrun`: a rank dies, and the step is started again; all ranks are
     saved at a warning, put back into the queue, continued, and come to the plain script's bits."""
-    torchrun = (
-        f"{sys.executable} -m torch.distributed.run --rdzv-backend=c10d "
-        f"--rdzv-endpoint=localhost:{free_port()} --local-addr=127.0.0.1 --nproc-per-node=1"
-    )
-    script = SCRIPTS / "ranks.py"
-    step = f"srun --kill-on-bad-exit=1 {torchrun} --nnodes=2 {script}"
-    body = f"exec {LAUNCH} --dir {workshop.path}/runs -- {step}\n"
-    batch = Batch(cluster, workshop, body=body)
-    job = batch.submit(
-        *("--nodes=2", "--ntasks=2", "--ntasks-per-node=1"), FAULTS="1,5,kill 0,12,wait"
-    )
+    batch = over_two_nodes(cluster, workshop, "srun torchrun")
+    job = batch.submit("--nodes=2", "--ntasks=2", FAULTS="1,5,kill 0,12,wait")
     batch.wait_until((batch.path / "fault-12").exists, "the twelfth step")
     cluster.do("scancel", "--batch", "--signal=USR1", job)
     cluster.start_requeued(job)
-    cluster.wait_for(job, JobState="COMPLETED|FAILED|CANCELLED|TIMEOUT")
-    assert cluster.show(job)["JobState"] == "COMPLETED", batch.told()
-    assert cluster.processes(job) == []
+    check_several(cluster, batch, job, several(2))
     starts = [e["step"] for e in workshop.journal(f"slurm-{job}") if e["event"] == "started"]
     assert len(starts) == 3
     assert int(str(starts[2])) >= 12, "what was done when the warning came was saved"
-    plain = Workshop(workshop.path / "plain")
-    plain.path.mkdir()
-    plain.plain(*f"{torchrun} --nproc-per-node=2 {script}".split())
-    for name in ("losses-0.txt", "losses-1.txt", "final-0.txt", "final-1.txt"):
-        assert (batch.path / name).read_text() == (plain.path / name).read_text()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("how", ["srun torchrun", "srun python"])
+@pytest.mark.parametrize("interrupted", ["USR1", "requeued", "preempted", "scancel", "a rank dies"])
+def test_ranks_on_two_nodes_are_interrupted(
+    cluster: Cluster,
+    workshop: Workshop,
+    several: Callable[[int], list[str]],
+    how: str,
+    interrupted: str,
+) -> None:
+    """By whatever signals Slurm sends to the batch process, the steps, or both."""
+    batch = over_two_nodes(cluster, workshop, how)
+    dies = interrupted == "a rank dies"
+    faults = "1,12,kill" if dies else "1,12,wait"
+    job = batch.submit("--nodes=2", "--ntasks=3", "--exclusive", FAULTS=f"0,3,flush {faults}")
+    batch.wait_until((batch.path / "fault-12").exists, "the twelfth step")
+    if interrupted == "preempted":
+        cluster.wait_for(preempt(cluster, cluster.nodes[1]), JobState="COMPLETED")
+    elif interrupted == "requeued":
+        cluster.do("scontrol", "requeue", job)
+    elif interrupted == "scancel":
+        cluster.do("scancel", job)
+        cluster.wait_for(job, JobState="CANCELLED")
+        batch.wait_until(lambda: cluster.processes(job) == [], "the end of the step")
+        assert cluster.show(job)["JobState"] == "CANCELLED"
+        cluster.do("scontrol", "requeue", job)
+    elif interrupted == "USR1":
+        cluster.do("scancel", "--batch", "--signal=USR1", job)
+    if not dies:
+        cluster.start_requeued(job)
+    check_several(cluster, batch, job, several(RANKS[how]))
+    restored = [e["step"] for e in workshop.journal(f"slurm-{job}") if e["event"] == "restored"]
+    assert len(restored) == 1
+    if not dies:
+        assert int(str(restored[0])) >= 12, "what was done then was saved"
 
 
 def free_port() -> int:
