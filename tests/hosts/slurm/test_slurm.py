@@ -405,6 +405,24 @@ def test_ranks_on_two_nodes_are_interrupted(
         assert int(str(restored[0])) >= 12, "what was done then was saved"
 
 
+@ONE_TRACKER
+def test_a_step_has_a_process_that_is_no_rank(
+    cluster: Cluster, workshop: Workshop, several: Callable[[int], list[str]]
+) -> None:
+    """A rank dies, and srun would wait for ever: it is told to end, and ends all of its step.
+
+    If it were killed, what it started would go on, and hold the processors of the next step.
+    """
+    batch = over_two_nodes(cluster, workshop, "srun python")
+    inner = workshop.path / "rank.sh"
+    beside = "test $SLURM_PROCID = 2 && if mkdir beside; then exec sleep 1000; else exit 0; fi\n"
+    inner.write_text(inner.read_text().replace("export RANK", f"{beside}export RANK", 1))
+    inner.write_text(inner.read_text().replace("$SLURM_NTASKS", "2", 1))
+    batch.script.write_text(batch.script.read_text().replace(" --kill-on-bad-exit=1", ""))
+    job = batch.submit("--nodes=2", "--ntasks=3", FAULTS="1,5,kill")
+    check_several(cluster, batch, job, several(2))
+
+
 def free_port() -> int:
     """A port that nobody listens at just now."""
     with socket.socket() as listening:
