@@ -740,7 +740,7 @@ class Loop:
                 *([] if state is None else [state.descriptor]),
             ],
         )
-        self._watch(peer, lambda: self._worker_spoke(worker))
+        self._watch(peer, lambda: self._hear(worker))
         ranks = attempt.ranks
         said = {"pid": hello.pid, **({"remote": True} if hello.remote else {})}
         if ranks.size > 1:
@@ -750,6 +750,11 @@ class Loop:
             own = not hello.remote and hello.pid == attempt.child.pid
             self._tell(machine.WorkerAttached(own=own))
             self._act_on_advice()
+
+    def _hear(self, worker: Worker) -> None:
+        """It has spoken, but maybe was heard out already, in this same turn: then it is silent."""
+        if worker.peer is not None and _readable(worker.peer):
+            self._worker_spoke(worker)
 
     def _worker_spoke(self, worker: Worker) -> None:
         attempt = self._attempt
