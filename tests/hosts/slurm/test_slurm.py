@@ -24,19 +24,24 @@ pytestmark = pytest.mark.real
 
 TORCHRUN = f"{sys.executable} -m torch.distributed.run"
 LAUNCH = f"{sys.executable} -m ckptd launch --overhead 0"
+SLURM = Path(__file__).parents[3] / "slurm"
 TRAIN = f"{sys.executable} {SCRIPTS}/train.py"
 TASK = "$SLURM_ARRAY_TASK_ID"
 PRINT = ("slurm-script", "--gpus", "0", "--cpus", "1", "--partition", "low", "--time", "60")
 INTERRUPTED = {"INTERRUPT": "mid-epoch:WAIT"}
-#: One training over two nodes: how its ranks are started, and how many there are.
-SEVERAL = {
-    "srun torchrun": (
-        f"srun --nodes=2 --ntasks=2 --kill-on-bad-exit=1 {TORCHRUN} --nnodes=2 --nproc-per-node=1"
-        " --rdzv-backend=c10d --rdzv-endpoint=localhost:$PORT --local-addr=127.0.0.1"
-    ),
-    "srun python": f"srun --ntasks=3 --kill-on-bad-exit=1 ./rank.sh {sys.executable}",
+#: One training over two nodes: how its ranks are started, how many there are, what is asked for.
+HOW = ["several-nodes.sbatch", "srun python"]
+RANKS = {"several-nodes.sbatch": 2, "srun python": 3}
+ASKED = {"several-nodes.sbatch": (), "srun python": ("--nodes=2", "--ntasks=3")}
+#: What the scripts in slurm/ ask for that is not on this machine -> what is.
+HERE = {
+    "--partition=preemptible": "--partition=low",
+    "#SBATCH --gres=gpu:1\n": "",
+    "#SBATCH --gpus-per-task=1\n": "",
+    "#SBATCH --gpus-per-node=8\n": "",
+    "--cpus-per-task=8\n": "--cpus-per-task=1\n",
+    "--cpus-per-task=64\n": "--cpus-per-task=1\n",
 }
-RANKS = {"srun torchrun": 2, "srun python": 3}
 #: Where the ordinary run has no time for both.
 ONE_TRACKER = pytest.mark.parametrize(
     "whole_cluster",
@@ -331,16 +336,37 @@ def results(path: Path, ranks: int) -> list[str]:
     return [(path / name).read_text() for name in names]
 
 
+def in_slurm(name: str) -> str:
+    """A script of slurm/, but its first line, which asks for what there is here."""
+    script = (SLURM / name).read_text().partition("\n")[2]
+    for there, here in HERE.items():
+        script = script.replace(there, here)
+    return script
+
+
 def over_two_nodes(cluster: Cluster, workshop: Workshop, how: str) -> Batch:
     """A job whose training has several ranks, on two nodes."""
-    inner = workshop.path / "rank.sh"
-    inner.write_text(
-        "#!/bin/bash\nexport RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS\n"
-        'export MASTER_ADDR=127.0.0.1 MASTER_PORT=$PORT\nexec "$@"\n'
-    )
-    inner.chmod(0o755)
-    words = f"--dir {workshop.path}/runs -- {SEVERAL[how]} {SCRIPTS}/ranks.py"
-    return Batch(cluster, workshop, body=f"export PORT={free_port()}\nexec {LAUNCH} {words}\n")
+    if how == "srun python":
+        inner = workshop.path / "rank.sh"
+        inner.write_text(
+            "#!/bin/bash\nexport RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS\n"
+            f'export MASTER_ADDR=127.0.0.1 MASTER_PORT={free_port()}\nexec "$@"\n'
+        )
+        inner.chmod(0o755)
+        step = f"srun --kill-on-bad-exit=1 ./rank.sh {sys.executable} {SCRIPTS}/ranks.py"
+        body = f"exec {LAUNCH} --dir {workshop.path}/runs -- {step}\n"
+        return Batch(cluster, workshop, body=body)
+    body = in_slurm(how)
+    for there, here in (
+        ('exec ckptd launch --dir "$SLURM_SUBMIT_DIR/ckptd-runs"', f"exec {LAUNCH} --dir runs"),
+        ("=1 torchrun ", f"=1 {TORCHRUN} "),
+        ("--nproc-per-node=8 ", "--nproc-per-node=1 "),
+        ('"$SLURMD_NODENAME:$((20000 + SLURM_JOB_ID % 10000))"', f"localhost:{free_port()}"),
+        (" train.py'", f" --local-addr=127.0.0.1 {SCRIPTS}/ranks.py'"),
+    ):
+        assert there in body
+        body = body.replace(there, here)
+    return Batch(cluster, workshop, body=body)
 
 
 def check_several(cluster: Cluster, batch: Batch, job: str, reference: list[str]) -> None:
@@ -352,13 +378,23 @@ def check_several(cluster: Cluster, batch: Batch, job: str, reference: list[str]
 
 
 @ONE_TRACKER
+@pytest.mark.parametrize("name", sorted(path.name for path in SLURM.glob("*.sbatch")))
+def test_the_scripts(cluster: Cluster, tmp_path: Path, name: str) -> None:
+    """Slurm takes what is in slurm/, and bash understands it."""
+    script = tmp_path / name
+    script.write_text(f"#!/bin/bash\n{in_slurm(name)}")
+    cluster.do("sbatch", "--test-only", str(script))
+    cluster.do("bash", "-n", str(script))
+
+
+@ONE_TRACKER
 def test_ranks_on_two_nodes(
     cluster: Cluster, workshop: Workshop, several: Callable[[int], list[str]]
 ) -> None:
-    """`ckptd launch -- srun torchrun`: a rank dies, and the step is started again; all ranks are
+    """slurm/several-nodes.sbatch: a rank dies, and the step is started again; all ranks are
     saved at a warning, put back into the queue, continued, and come to the plain script's bits."""
-    batch = over_two_nodes(cluster, workshop, "srun torchrun")
-    job = batch.submit("--nodes=2", "--ntasks=2", FAULTS="1,5,kill 0,12,wait")
+    batch = over_two_nodes(cluster, workshop, "several-nodes.sbatch")
+    job = batch.submit(FAULTS="1,5,kill 0,12,wait")
     batch.wait_until((batch.path / "fault-12").exists, "the twelfth step")
     cluster.do("scancel", "--batch", "--signal=USR1", job)
     cluster.start_requeued(job)
@@ -369,7 +405,7 @@ def test_ranks_on_two_nodes(
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("how", ["srun torchrun", "srun python"])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("interrupted", ["USR1", "requeued", "preempted", "scancel", "a rank dies"])
 def test_ranks_on_two_nodes_are_interrupted(
     cluster: Cluster,
@@ -382,7 +418,7 @@ def test_ranks_on_two_nodes_are_interrupted(
     batch = over_two_nodes(cluster, workshop, how)
     dies = interrupted == "a rank dies"
     faults = "1,12,kill" if dies else "1,12,wait"
-    job = batch.submit("--nodes=2", "--ntasks=3", "--exclusive", FAULTS=f"0,3,flush {faults}")
+    job = batch.submit("--exclusive", *ASKED[how], FAULTS=f"0,3,flush {faults}")
     batch.wait_until((batch.path / "fault-12").exists, "the twelfth step")
     if interrupted == "preempted":
         cluster.wait_for(preempt(cluster, cluster.nodes[1]), JobState="COMPLETED")
@@ -419,7 +455,7 @@ def test_a_step_has_a_process_that_is_no_rank(
     inner.write_text(inner.read_text().replace("export RANK", f"{beside}export RANK", 1))
     inner.write_text(inner.read_text().replace("$SLURM_NTASKS", "2", 1))
     batch.script.write_text(batch.script.read_text().replace(" --kill-on-bad-exit=1", ""))
-    job = batch.submit("--nodes=2", "--ntasks=3", FAULTS="1,5,kill")
+    job = batch.submit(*ASKED["srun python"], FAULTS="1,5,kill")
     check_several(cluster, batch, job, several(2))
 
 
