@@ -6,23 +6,20 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 import click
 
 from ckptd.errors import UsageError
+from ckptd.supervisor import launchers
 
 _WARNING_S: Final = 120
 _VARIABLE: Final = re.compile(r"\$SLURM_[A-Z0-9_]+|\$\{SLURM_[A-Z0-9_]+\}")
 _SPECIAL: Final = re.compile(r'[\\"$`]')  # within double quotes
 _ESCAPED: Final = r"\\\g<0>"
-#: By what a training is started on every node, its option that starts ranks again by itself, and
-#: those by which the nodes find each other. As variables within a shell of its own: the command
-#: stays the same after a requeue to other nodes.
-_TORCHRUN: Final = ("torchrun", "torch.distributed.run")
-_RESTARTS: Final = ("--max-restarts", "--max_restarts")
+#: By what torchrun finds the other nodes. As variables within a shell of its own: the command stays
+#: the same after a requeue to other nodes.
 _NODES: Final = {
     "--nnodes": '"$SLURM_JOB_NUM_NODES"',
     "--rdzv-backend": "c10d",
@@ -124,9 +121,9 @@ def _command(argv: tuple[str, ...], nodes: int) -> str:
     """The command's words for the shell; a torchrun is started on every node."""
     words = [_word(word) for word in argv]
     names = [Path(word).name for word in argv]
-    if nodes == 1 or "srun" in names or not set(names) & set(_TORCHRUN):
+    if nodes == 1 or "srun" in names or not set(names) & set(launchers.TORCHRUN):
         return " ".join(words)
-    at = 1 + next(number for number, name in enumerate(names) if name in _TORCHRUN)
+    at = 1 + next(number for number, name in enumerate(names) if name in launchers.TORCHRUN)
     given = [word.partition("=")[0].replace("_", "-") for word in argv[at:]]
     nodes_own = [f"{key}={value}" for key, value in _NODES.items() if key not in given]
     step = " ".join([_SRUN, *words[:at], *nodes_own, *words[at:]])
@@ -147,20 +144,16 @@ def _word(word: str) -> str:
 def _advice(argv: tuple[str, ...], nodes: int) -> Iterator[str]:
     """What a person should change in the command before it is submitted."""
     names = [Path(word).name for word in argv]
-    if nodes > 1 and not {"srun", *_TORCHRUN} & set(names):
+    if nodes > 1 and not {"srun", *launchers.TORCHRUN} & set(names):
         yield (
             f"the job has {nodes} nodes, and this command runs on the first one only: put `srun` "
             "in front of it, as slurm/several-nodes.sbatch does"
         )
-    launchers = [number for number, name in enumerate(names) if name in _TORCHRUN]
     if nodes > 1 and "--standalone" in argv:
         yield "--standalone is for one node: leave it out"
-    for word, following in pairwise((*argv[launchers[0] :], "") if launchers else ()):
-        if word.endswith(".py"):
-            break  # what comes now are the script's own options
-        option, _, value = word.partition("=")
-        if option in _RESTARTS and (value or following) != "0":
-            yield (
-                f"{option}: ckptd starts the whole job again when a rank dies, and does not know "
-                "ranks that torchrun has started again: leave it at 0"
-            )
+    option = launchers.restarts(argv)
+    if option is not None:
+        yield (
+            f"{option}: ckptd starts the whole job again when a rank dies, and does not know "
+            "ranks that torchrun has started again: leave it at 0"
+        )
