@@ -610,12 +610,18 @@ def test_what_is_shown_of_several_ranks(checkpoints: Path) -> None:
     """Of how many it is, and how much of each is not what rank 0 has."""
     empty = {"items": []}
     state = {
-        **{"components": {}, "position": {"levels": []}, "vars": {"tree": empty}},
-        **{"generators": {}, "outputs": {}, "values": {}},
+        "components": {},
+        "position": {"levels": []},
+        "vars": {"tree": empty},
+        "generators": {},
+        "outputs": {},
+        "values": {},
     }
     files = {
-        **{"state.json": msgspec.json.encode(state), "model.bin": b"same"},
-        **{"rank-1.state.json": b"another", "rank-1.model.bin": b"same"},
+        "state.json": msgspec.json.encode(state),
+        "model.bin": b"same",
+        "rank-1.state.json": b"another",
+        "rank-1.model.bin": b"same",
     }
     done = publish(checkpoints, 7, files=files)
     shown = CliRunner().invoke(show.command, [str(done.path)])
