@@ -39,7 +39,7 @@ def command(name: str | None, directory: Path, grace_s: float | None, keep: int 
     findings = chain(
         doctor.of_host(host, Registry(os.environ), systemd.user_units(os.environ), flush_s),
         doctor.of_machine(doctor.gpus()),
-        doctor.of_directory(directory),
+        doctor.of_directory(directory, host.nodes),
         () if run is None else doctor.of_run(run, keep, grace_s, memory_tier=memory_tier),
     )
     code = 0

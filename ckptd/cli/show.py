@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from ckptd.cli.verify import checkpoints_at
 from ckptd.errors import DamagedError
 from ckptd.host.disk import RealDisk
 from ckptd.store import image, store
+from ckptd.store import manifest as manifests
+from ckptd.store.manifest import File
 
 
 @click.command()
@@ -21,18 +24,38 @@ def command(path: Path, *, tensors: bool) -> int:
     """Show what the checkpoint at PATH holds (of a run: its newest). It is verified first."""
     checkpoint = checkpoints_at(path)[0]
     manifest = store.verify(RealDisk(), checkpoint)
-    click.echo(f"{checkpoint}\nstep {manifest.step}, written by attempt {manifest.attempt}\n")
-    for name, file in manifest.files.items():
-        if not name.endswith(".safetensors"):
-            click.echo(f"{name}: {file.length} bytes")
-            continue
-        held = _tensors(checkpoint / name)
-        click.echo(f"{name}: {len(held)} tensors, {file.length} bytes")
-        if tensors:
-            for key, tensor in held.items():
-                click.echo(f"  {key}  {tensor['dtype']} {tensor['shape']}")
-    _show_state(checkpoint / "state.json")
+    ranks = manifests.ranks_in(manifest.files)
+    of = f", of {ranks} ranks" if ranks > 1 else ""
+    click.echo(f"{checkpoint}\nstep {manifest.step}, written by attempt {manifest.attempt}{of}\n")
+    for name in manifest.files if tensors else manifests.files_of(0, manifest.files):
+        _show_file(checkpoint / name, manifest.files[name].length, tensors=tensors)
+    for rank in range(1, ranks):
+        _show_rank(rank, manifest.files)
+    _show_state(checkpoint / manifests.STATE)
     return 0
+
+
+def _show_file(path: Path, length: int, *, tensors: bool) -> None:
+    if path.suffix != ".safetensors":
+        click.echo(f"{path.name}: {length} bytes")
+        return
+    held = _tensors(path)
+    click.echo(f"{path.name}: {len(held)} tensors, {length} bytes")
+    if tensors:
+        for key, tensor in held.items():
+            click.echo(f"  {key}  {tensor['dtype']} {tensor['shape']}")
+
+
+def _show_rank(rank: int, files: Mapping[str, File]) -> None:
+    """How much of it is not what rank 0 has."""
+    own = manifests.files_of(rank, files)
+    other = [name for name, in_checkpoint in own.items() if files[in_checkpoint] != files.get(name)]
+    length = sum(files[own[name]].length for name in other)
+    same = len(own) - len(other)
+    click.echo(
+        f"rank {rank}: {', '.join(other)}: {length} bytes"
+        + (f"; {same} more, the same as rank 0's" if same else "")
+    )
 
 
 def _tensors(path: Path) -> dict[str, Any]:

@@ -6,21 +6,27 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 import click
 
 from ckptd.errors import UsageError
+from ckptd.supervisor import launchers
 
 _WARNING_S: Final = 120
 _VARIABLE: Final = re.compile(r"\$SLURM_[A-Z0-9_]+|\$\{SLURM_[A-Z0-9_]+\}")
 _SPECIAL: Final = re.compile(r'[\\"$`]')  # within double quotes
 _ESCAPED: Final = r"\\\g<0>"
-#: By what a training is started on every node, and its option that starts ranks again by itself.
-_TORCHRUN: Final = ("torchrun", "torch.distributed.run")
-_RESTARTS: Final = ("--max-restarts", "--max_restarts")
+#: By what torchrun finds the other nodes. As variables within a shell of its own: the command stays
+#: the same after a requeue to other nodes.
+_NODES: Final = {
+    "--nnodes": '"$SLURM_JOB_NUM_NODES"',
+    "--rdzv-backend": "c10d",
+    "--rdzv-endpoint": '"$SLURMD_NODENAME:$((20000 + SLURM_JOB_ID % 10000))"',
+    "--rdzv-id": '"$SLURM_JOB_ID"',
+}
+_SRUN: Final = "srun --kill-on-bad-exit=1"
 _SCRIPT: Final = """\
 #!/bin/bash
 #SBATCH --job-name={name}
@@ -42,16 +48,22 @@ exec ckptd launch --dir "$SLURM_SUBMIT_DIR/ckptd-runs" -- {command}
 @click.command("slurm-script")
 @click.option("--name", default="train", show_default=True, help="The job's name.")
 @click.option("--partition", help="The partition.  [default: the site's]")
-@click.option("--gpus", type=click.IntRange(min=0), default=1, show_default=True, help="GPUs.")
 @click.option(
-    "--cpus", type=click.IntRange(min=1), default=8, show_default=True, help="Processors."
+    "--gpus", type=click.IntRange(min=0), default=1, show_default=True, help="GPUs of a node."
+)
+@click.option(
+    "--cpus",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Processors of a node.",
 )
 @click.option(
     "--nodes",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Nodes; COMMAND starts one task on each: srun torchrun …",
+    help="Nodes. A torchrun is started on each; the ranks find each other.",
 )
 @click.option("--time", "limit", default="04:00:00", show_default=True, help="The time limit.")
 @click.option("--array", help='Tasks of an array: "0-9". $SLURM_ARRAY_TASK_ID tells them apart.')
@@ -97,12 +109,25 @@ def command(
         asked="\n".join(lines),
         output="%A_%a" if array else "%j",
         warning_s=warning_s,
-        command=" ".join(_word(word) for word in argv),
+        command=_command(argv, nodes),
     )
     sys.stdout.write(script)
     for advice in _advice(argv, nodes):
         click.echo(f"ckptd: {advice}", err=True)
     return 0
+
+
+def _command(argv: tuple[str, ...], nodes: int) -> str:
+    """The command's words for the shell; a torchrun is started on every node."""
+    words = [_word(word) for word in argv]
+    names = [Path(word).name for word in argv]
+    if nodes == 1 or "srun" in names or not set(names) & set(launchers.TORCHRUN):
+        return " ".join(words)
+    at = 1 + next(number for number, name in enumerate(names) if name in launchers.TORCHRUN)
+    given = [word.partition("=")[0].replace("_", "-") for word in argv[at:]]
+    nodes_own = [f"{key}={value}" for key, value in _NODES.items() if key not in given]
+    step = " ".join([_SRUN, *words[:at], *nodes_own, *words[at:]])
+    return f"bash -c {shlex.quote(f'exec {step}')}"
 
 
 def _word(word: str) -> str:
@@ -119,18 +144,16 @@ def _word(word: str) -> str:
 def _advice(argv: tuple[str, ...], nodes: int) -> Iterator[str]:
     """What a person should change in the command before it is submitted."""
     names = [Path(word).name for word in argv]
-    if nodes > 1 and "srun" not in names:
+    if nodes > 1 and not {"srun", *launchers.TORCHRUN} & set(names):
         yield (
             f"the job has {nodes} nodes, and this command runs on the first one only: put `srun` "
             "in front of it, as slurm/several-nodes.sbatch does"
         )
-    launchers = [number for number, name in enumerate(names) if name in _TORCHRUN]
-    for word, following in pairwise((*argv[launchers[0] :], "") if launchers else ()):
-        if word.endswith(".py"):
-            break  # what comes now are the script's own options
-        option, _, value = word.partition("=")
-        if option in _RESTARTS and (value or following) != "0":
-            yield (
-                f"{option}: ckptd starts the whole job again when a rank dies, and does not know "
-                "ranks that torchrun has started again: leave it at 0"
-            )
+    if nodes > 1 and "--standalone" in argv:
+        yield "--standalone is for one node: leave it out"
+    option = launchers.restarts(argv)
+    if option is not None:
+        yield (
+            f"{option}: ckptd starts the whole job again when a rank dies, and does not know "
+            "ranks that torchrun has started again: leave it at 0"
+        )

@@ -26,6 +26,10 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 _ADDR_NO_RANDOMIZE: Final = 0x0040000
 _ASK_PERSONALITY: Final = 0xFFFFFFFF
 
+#: What this starts is ended by it when it is told to end, and left behind when it is killed.
+_ENDS_OTHERS: Final = "srun"
+_ENDS_OTHERS_WITHIN_S: Final = 4.0
+
 # Fields of /proc/PID/stat, counted from the one after the name.
 _STAT_STATE: Final = 0
 _STAT_START: Final = 19
@@ -148,9 +152,32 @@ class Stranger:
         os.close(self._pidfd)
 
 
-def kill_tree() -> None:
-    """Kill every descendant of this process."""
-    _kill(psutil.Process().children(recursive=True))
+class Killer:
+    """Kills every descendant of this process.
+
+    An `srun` is told to end instead, for some seconds: it kills what it has started at once, on all
+    nodes, and then ends. If it were killed, that would go on, as it is no descendant of ours, and
+    hold the processors that the next `srun` waits for.
+    """
+
+    def __init__(self) -> None:
+        self._told_s: dict[psutil.Process, float] = {}
+
+    def kill(self, now_s: float) -> None:
+        """Kill them; to be called until none is left, as some may just have been forked."""
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if not self._is_told(process, now_s):
+                    process.kill()
+
+    def _is_told(self, process: psutil.Process, now_s: float) -> bool:
+        if process not in self._told_s:
+            if process.name() != _ENDS_OTHERS:
+                return False
+            process.terminate()
+            process.resume()
+            self._told_s[process] = now_s
+        return now_s - self._told_s[process] < _ENDS_OTHERS_WITHIN_S
 
 
 def tree_is_gone(child: Child | None) -> bool:

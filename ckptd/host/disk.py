@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Protocol
 
+import psutil
+
 #: What a file's content may be given as, and read as.
 Content = bytes | bytearray | memoryview | mmap.mmap
 
@@ -36,6 +38,7 @@ _CHUNK: Final = 16 << 20
 _READ: Final = 4 << 20
 _PIECE: Final = 1 << 20
 _THREADS: Final = 4
+_LOCAL: Final = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
 #: What a file system says that takes no direct writes, or not from this memory.
 _NO_DIRECT: Final = {errno.EINVAL, errno.EOPNOTSUPP}  # the latter is ENOTSUP too
 _NO_LINKS: Final = {errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -182,6 +185,14 @@ def free(path: Path) -> int:
     """Bytes that may still be written where a directory is."""
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
+
+
+def local_kind(path: Path) -> str | None:
+    """A directory's file system, if it is of a kind that other machines don't see as a rule."""
+    above = {path.resolve(), *path.resolve().parents}
+    mounts = [one for one in psutil.disk_partitions(all=True) if Path(one.mountpoint) in above]
+    kind = max(mounts, key=lambda one: len(one.mountpoint)).fstype
+    return kind if kind in _LOCAL else None
 
 
 def _read_all(mapping: mmap.mmap, path: Path) -> None:

@@ -38,7 +38,7 @@ def claim(disk: Disk, run: Path, who: str) -> int:
         disk.sync_directory(run)
     for _ in range(_CLAIMS_MAX):
         number = max(_numbers(disk, directory), default=0) + 1
-        path = directory / f"{number:06d}"
+        path = directory / _name(number)
         try:
             disk.write(path, who.encode())
         except FileExistsError:
@@ -50,6 +50,18 @@ def claim(disk: Disk, run: Path, who: str) -> int:
                 disk.remove(directory / old)
         return number
     raise FencedError(f"{directory}: could not claim a number in {_CLAIMS_MAX} tries")
+
+
+def is_there(disk: Disk, run: Path, attempt: int) -> bool:
+    """Whether this is the directory, and not another one of its name, in which it was claimed.
+
+    By its own name, which nobody here has asked for before: what a network file system remembers of
+    the directory's content may be older than the claim.
+    """
+    try:
+        return disk.size(run / "attempts" / _name(attempt)) > 0
+    except FileNotFoundError:
+        return False
 
 
 def check(disk: Disk, run: Path, attempt: int) -> None:
@@ -86,7 +98,7 @@ def carry_over(disk: Disk, old: Path, new: Path, who: str) -> None:
     if numbers:
         directory = new / "attempts"
         disk.make_directory(directory)
-        path = directory / f"{max(numbers) + 1:06d}"
+        path = directory / _name(max(numbers) + 1)
         disk.write(path, who.encode())
         disk.sync(path)
         disk.sync_directory(directory)
@@ -95,3 +107,7 @@ def carry_over(disk: Disk, old: Path, new: Path, who: str) -> None:
 
 def _numbers(disk: Disk, directory: Path) -> set[int]:
     return {int(name) for name in disk.names(directory) if name.isdecimal()}
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}"

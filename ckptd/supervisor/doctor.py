@@ -1,7 +1,8 @@
 """What could go wrong here: this machine, this directory, this run. Each finding has its mending.
 
 Rule: what is looked at is tried, not guessed from its name. A file system that calls itself NFS may
-have working locks, and one that does not may lack them.
+have working locks, and one that does not may lack them. Only whether other nodes see a directory
+can't be tried from here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ckptd.host import disk, memory, systemd
 from ckptd.host.disk import RealDisk
 from ckptd.host.host import Host
 from ckptd.store import store
-from ckptd.supervisor import journal, registry
+from ckptd.supervisor import journal, launchers, registry
 from ckptd.supervisor.policy import duration, sized, space_short
 from ckptd.supervisor.registry import Registry
 from ckptd.supervisor.run import Run
@@ -70,9 +71,20 @@ def of_host(
         )
 
 
-def of_directory(directory: Path) -> Iterator[Finding]:
-    """Whether a directory's file system does what runs need."""
+def of_directory(directory: Path, nodes: int = 1) -> Iterator[Finding]:
+    """Whether a directory's file system does what runs need.
+
+    Args:
+        directory: where runs lie, or will.
+        nodes: on how many of them a job runs.
+    """
     there = next(one for one in (directory, *directory.parents) if one.is_dir())
+    local = disk.local_kind(there) if nodes > 1 else None
+    if local is not None:
+        yield Finding(
+            f"nodes: {there} is on {local}, which as a rule is this node's alone, of {nodes}",
+            "use another --dir, on a file system that all nodes share",
+        )
     elsewhere = "use another --dir, on a local disk"
     try:
         with tempfile.TemporaryDirectory(dir=there, prefix=".ckptd-doctor-") as name:
@@ -163,6 +175,11 @@ def of_run(run: Run, keep: int, grace_s: float, *, memory_tier: bool = True) -> 
         grace_s: how long it has at a stop.
         memory_tier: whether its newest snapshot is to stay in memory.
     """
+    job = run.job()
+    option = None if job is None else launchers.restarts(job.argv)
+    if option is not None:
+        what = f"launcher: {option} has torchrun start ranks again, which ckptd turns away"
+        yield Finding(what, "leave it at 0: ckptd starts the whole job again")
     rows = [row for row in store.listing(RealDisk(), run.checkpoints) if row.step >= 0]
     if not rows:
         yield Finding("run: it has no checkpoint yet, so nothing is known of what it needs")

@@ -27,7 +27,7 @@ import msgspec
 from ckptd import wire
 from ckptd.errors import CkptdError, DamagedError, FencedError, MismatchError, ProtocolError
 from ckptd.host import children, clouds, disk, memory, slurm, stacks
-from ckptd.host.children import Child
+from ckptd.host.children import Child, Killer
 from ckptd.host.clock import Clock
 from ckptd.host.clouds import Cloud, Notice
 from ckptd.host.disk import RealDisk
@@ -140,6 +140,7 @@ class Loop:
         self._server = Server()
         self._relays = self._listening(listen)
         self._errands = Errands(terminal.say_once)
+        self._killer = Killer()
         self._attempt: _Attempt | None = None
         self._number = 0
         self._writer = Writer(
@@ -362,9 +363,10 @@ class Loop:
                     worker.peer.send_or_drop(wire.Released(part.snapshot.generation))
 
     def _kill(self) -> None:
-        children.kill_tree()
+        now_s = self._clock.now_s()
+        self._killer.kill(now_s)
         for worker in () if self._attempt is None else self._attempt.ranks:
-            worker.kill(self._clock.now_s())
+            worker.kill(now_s)
 
     def _is_gone(self) -> bool:
         attempt = self._attempt
@@ -738,7 +740,7 @@ class Loop:
                 *([] if state is None else [state.descriptor]),
             ],
         )
-        self._watch(peer, lambda: self._worker_spoke(worker))
+        self._watch(peer, lambda: self._hear(worker))
         ranks = attempt.ranks
         said = {"pid": hello.pid, **({"remote": True} if hello.remote else {})}
         if ranks.size > 1:
@@ -748,6 +750,11 @@ class Loop:
             own = not hello.remote and hello.pid == attempt.child.pid
             self._tell(machine.WorkerAttached(own=own))
             self._act_on_advice()
+
+    def _hear(self, worker: Worker) -> None:
+        """It has spoken, but maybe was heard out already, in this same turn: then it is silent."""
+        if worker.peer is not None and _readable(worker.peer):
+            self._worker_spoke(worker)
 
     def _worker_spoke(self, worker: Worker) -> None:
         attempt = self._attempt

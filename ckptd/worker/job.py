@@ -30,8 +30,8 @@ from ckptd.errors import (
 )
 from ckptd.host import memory
 from ckptd.host.disk import RealDisk
+from ckptd.store import fence, store
 from ckptd.store import manifest as manifests
-from ckptd.store import store
 from ckptd.worker import callsite, dataloader, environment, orphans, rng, settings, snapshot, tree
 from ckptd.worker.arena import Arena, Arenas
 from ckptd.worker.ddp import Replicas
@@ -227,6 +227,7 @@ class LaunchedJob(Job):
         for text in environment.differences(welcome.environment, facts):
             self.say(text)
         with self._refusals():
+            self._look_for_run()
             if self.resumed:
                 self._begin_resuming(self._open_checkpoint())
             self.track(**named)
@@ -570,6 +571,21 @@ class LaunchedJob(Job):
         self._exit(code)
 
     # -------------------------------------------------------------- restoring
+
+    def _look_for_run(self) -> None:
+        """Before the first step: a node that sees no checkpoint would take all for damaged.
+
+        Raises:
+            UsageError: this machine has another directory there, or none.
+        """
+        if self._ranks > 1 and not fence.is_there(
+            RealDisk(), self._run, self._link.welcome.attempt
+        ):
+            raise UsageError(
+                f"{os.uname().nodename}, where rank {self._rank} runs, does not see the run's "
+                f"directory {self._run}: all nodes of a job have to. Choose one on a file system "
+                "that they share: ckptd launch --dir DIRECTORY"
+            )
 
     def _open_checkpoint(self) -> Reader:
         """What to resume from: a snapshot of the attempt before in memory, or a checkpoint."""

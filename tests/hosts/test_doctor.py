@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
+import psutil
 import pytest
 from conftest import Workshop
 from launched import fake
@@ -16,6 +18,7 @@ from ckptd.host import memory, systemd
 from ckptd.host.disk import RealDisk
 from ckptd.host.host import Plain
 from ckptd.supervisor import doctor
+from ckptd.supervisor import run as runs
 from ckptd.supervisor.registry import Registry
 from ckptd.supervisor.run import Run
 
@@ -37,6 +40,35 @@ def test_a_sound_machine(tmp_path: Path) -> None:
     """Nothing is left behind by looking."""
     assert mended(doctor.of_directory(tmp_path / "not/there/yet")) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_other_nodes_do_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at only where there are others; the innermost mount counts."""
+
+    def mounted(*kinds: str) -> None:
+        places = ["/", str(tmp_path.parent), str(tmp_path / "elsewhere")]
+        mounts = [SimpleNamespace(mountpoint=p, fstype=k) for p, k in zip(places, kinds)]
+        monkeypatch.setattr(psutil, "disk_partitions", lambda **_: mounts)
+
+    mounted("nfs4", "ext4", "nfs4")
+    assert mended(doctor.of_directory(tmp_path)) == []
+    (found,) = mended(doctor.of_directory(tmp_path / "runs", nodes=2))
+    assert "is on ext4" in found
+    mounted("ext4", "lustre", "ext4")
+    assert mended(doctor.of_directory(tmp_path / "runs", nodes=2)) == []
+
+
+@pytest.mark.parametrize("line", ["torchrun --max-restarts=3 train.py", "srun torchrun train.py"])
+def test_a_launcher_that_starts_ranks_again(tmp_path: Path, line: str) -> None:
+    """Also within a line for a shell."""
+    run = Run(tmp_path / "run")
+    runs.create(run, RealDisk())
+    argv = ["bash", "-c", f"exec {line}"]
+    run.write(runs.describe_job("run", argv, tmp_path, os.environ, "1"))
+    found = mended(doctor.of_run(run, 2, 30.0))
+    assert [text.split()[1] for text in found] == ["--max-restarts"] * ("=3" in line)
 
 
 def test_locks_that_do_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

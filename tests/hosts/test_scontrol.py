@@ -309,7 +309,9 @@ def test_a_printed_scripts_words(tmp_path: Path) -> None:
         ("torchrun --max-restarts 3 train.py", "leave it at 0"),
         ("python -m torch.distributed.run --max_restarts=2 train.py", "leave it at 0"),
         ("--nodes 2 -- srun torchrun --nnodes=2 train.py", ""),
-        ("--nodes 2 -- torchrun --nnodes=2 train.py", "put `srun` in front"),
+        ("--nodes 2 -- torchrun --nproc-per-node=8 train.py", ""),
+        ("--nodes 2 -- torchrun --standalone train.py", "--standalone is for one node"),
+        ("--nodes 2 -- python train.py", "put `srun` in front"),
     ],
 )
 def test_a_printed_script_of_several_ranks(line: str, said: str) -> None:
@@ -318,6 +320,33 @@ def test_a_printed_script_of_several_ranks(line: str, said: str) -> None:
     done = printed(*words.split(), options=tuple(options.split()))
     assert (said in done.stderr) if said else (done.stderr == "")
     assert ("#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in done.stdout) == bool(options)
+
+
+def test_a_printed_script_of_several_nodes(tmp_path: Path) -> None:
+    """A torchrun is started on each, and knows where the others are; what was given, stays."""
+    program = tmp_path / "srun"
+    program.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    program.chmod(0o755)
+    ckptd = tmp_path / "ckptd"
+    ckptd.write_text('#!/bin/bash\nwhile [ "$1" != -- ]; do shift; done; shift; exec "$@"\n')
+    ckptd.chmod(0o755)
+    words = ("torchrun", "--rdzv_id=mine", "--nproc-per-node=8", "train.py", "a 'b'", "$HOME")
+    done = subprocess.run(
+        ["bash", "-c", printed(*words, options=("--nodes", "2")).stdout],
+        env={
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+            "SLURM_JOB_ID": "12345",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURMD_NODENAME": "n1",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split("\0")[:-1] == [
+        *("--kill-on-bad-exit=1", "torchrun", "--nnodes=2", "--rdzv-backend=c10d"),
+        *("--rdzv-endpoint=n1:22345", *words[1:]),
+    ]
 
 
 def test_what_the_doctor_finds(

@@ -168,3 +168,13 @@ def test_who_does_not_end_is_killed_there(workshop: Workshop) -> None:
     assert time.monotonic() - began_s < 4, job.told()
     assert rank.wait(1) == -signal.SIGKILL
     rank.stdout.close()
+
+
+def test_a_machine_does_not_see_the_run(workshop: Workshop, sockets: str) -> None:
+    """It is said at once, and before that machine takes sound checkpoints for damaged ones."""
+    runs = workshop.path / "runs"
+    runs.mkdir()
+    job = launched(workshop, 2, "1", sockets, HIDDEN=str(runs))
+    assert job.ends() == 70, job.told()
+    job.wait_for("where rank 1 runs, does not see the run's directory")
+    assert [e["event"] for e in workshop.journal()].count("started") == 1

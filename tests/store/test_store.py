@@ -14,8 +14,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 from simulated import Fault, PowerCut, SimulatedDisk
 
+from ckptd.cli import show
 from ckptd.errors import DamagedError, FencedError, NotDurableError
 from ckptd.host.disk import Disk, RealDisk
 from ckptd.store import fence, manifest, retention, store
@@ -602,3 +604,27 @@ def test_no_fault_gives_a_number_twice(tmp_path: Path, how: str) -> None:
         if not disk.fault.struck:
             break
     assert at > 40
+
+
+def test_what_is_shown_of_several_ranks(checkpoints: Path) -> None:
+    """Of how many it is, and how much of each is not what rank 0 has."""
+    empty = {"items": []}
+    state = {
+        "components": {},
+        "position": {"levels": []},
+        "vars": {"tree": empty},
+        "generators": {},
+        "outputs": {},
+        "values": {},
+    }
+    files = {
+        "state.json": msgspec.json.encode(state),
+        "model.bin": b"same",
+        "rank-1.state.json": b"another",
+        "rank-1.model.bin": b"same",
+    }
+    done = publish(checkpoints, 7, files=files)
+    shown = CliRunner().invoke(show.command, [str(done.path)])
+    assert shown.exit_code == 0, shown.output
+    assert "written by attempt 1, of 2 ranks" in shown.output
+    assert "rank 1: state.json: 7 bytes; 1 more, the same as rank 0's" in shown.output

@@ -311,3 +311,18 @@ def test_no_survivors_of_a_stop(workshop: Workshop) -> None:
     pid = int(launched.wait_for("daemon").split()[1])
     launched.signal(signal.SIGTERM).ends()
     assert not is_alive(pid)
+
+
+def test_srun_is_told_to_end(workshop: Workshop) -> None:
+    """Killed, it would leave behind what it started on other nodes; it gets time to end that."""
+    srun = workshop.path / "srun"
+    srun.write_text(
+        "#!/bin/bash\ntrap 'echo told; test -e once && exit; touch once' TERM\n"
+        "echo ready\nwhile true; do sleep 0.05; done\n"
+    )
+    srun.chmod(0o755)
+    job = Launched(workshop, str(srun), options=("--grace", "1"))
+    job.wait_for("ready")
+    job.signal(signal.SIGTERM)  # passed on to the command, as it has no worker
+    job.ends()
+    assert job.output.count("told") == 2, "once more at the end of the grace, and not killed"

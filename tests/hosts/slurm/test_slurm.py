@@ -6,10 +6,11 @@ where it should be.
 
 from __future__ import annotations
 
+import functools
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -21,11 +22,32 @@ from ckptd.supervisor.run import Run
 
 pytestmark = pytest.mark.real
 
+TORCHRUN = f"{sys.executable} -m torch.distributed.run"
 LAUNCH = f"{sys.executable} -m ckptd launch --overhead 0"
+SLURM = Path(__file__).parents[3] / "slurm"
 TRAIN = f"{sys.executable} {SCRIPTS}/train.py"
 TASK = "$SLURM_ARRAY_TASK_ID"
 PRINT = ("slurm-script", "--gpus", "0", "--cpus", "1", "--partition", "low", "--time", "60")
 INTERRUPTED = {"INTERRUPT": "mid-epoch:WAIT"}
+#: One training over two nodes: how its ranks are started, how many there are, what is asked for.
+HOW = ["several-nodes.sbatch", "srun python"]
+RANKS = {"several-nodes.sbatch": 2, "srun python": 3}
+ASKED = {"several-nodes.sbatch": (), "srun python": ("--nodes=2", "--ntasks=3")}
+#: What the scripts in slurm/ ask for that is not on this machine -> what is.
+HERE = {
+    "--partition=preemptible": "--partition=low",
+    "#SBATCH --gres=gpu:1\n": "",
+    "#SBATCH --gpus-per-task=1\n": "",
+    "#SBATCH --gpus-per-node=8\n": "",
+    "--cpus-per-task=8\n": "--cpus-per-task=1\n",
+    "--cpus-per-task=64\n": "--cpus-per-task=1\n",
+}
+#: Where the ordinary run has no time for both.
+ONE_TRACKER = pytest.mark.parametrize(
+    "whole_cluster",
+    [TRACKERS[0], pytest.param(TRACKERS[1], marks=pytest.mark.nightly)],
+    indirect=True,
+)
 
 
 @pytest.fixture(scope="session", params=TRACKERS)
@@ -294,34 +316,147 @@ def test_behind_srun(
     assert any(event["event"] == "restored" for event in workshop.journal(f"slurm-{job}"))
 
 
-def test_ranks_on_two_nodes(cluster: Cluster, workshop: Workshop) -> None:
-    """`ckptd launch -- srun torchrun`: a rank dies, and the step is started again; all ranks are
+@pytest.fixture(scope="session")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[str]]:
+    """What the plain script comes to, over so many ranks."""
+
+    @functools.cache
+    def plain(ranks: int) -> list[str]:
+        path = tmp_path_factory.mktemp(f"plain{ranks}")
+        torchrun = (*TORCHRUN.split(), "--standalone", f"--nproc-per-node={ranks}")
+        Workshop(path).plain(*torchrun, str(SCRIPTS / "ranks.py"))
+        return results(path, ranks)
+
+    return plain
+
+
+def results(path: Path, ranks: int) -> list[str]:
+    """Every loss, and what the weights and the optimizer's state came to, of each rank."""
+    names = [f"{name}-{rank}.txt" for name in ("losses", "final") for rank in range(ranks)]
+    return [(path / name).read_text() for name in names]
+
+
+def in_slurm(name: str) -> str:
+    """A script of slurm/, but its first line, which asks for what there is here."""
+    script = (SLURM / name).read_text().partition("\n")[2]
+    for there, here in HERE.items():
+        script = script.replace(there, here)
+    return script
+
+
+def over_two_nodes(cluster: Cluster, workshop: Workshop, how: str) -> Batch:
+    """A job whose training has several ranks, on two nodes."""
+    if how == "srun python":
+        inner = workshop.path / "rank.sh"
+        inner.write_text(
+            "#!/bin/bash\nexport RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS\n"
+            f'export MASTER_ADDR=127.0.0.1 MASTER_PORT={free_port()}\nexec "$@"\n'
+        )
+        inner.chmod(0o755)
+        step = f"srun --kill-on-bad-exit=1 ./rank.sh {sys.executable} {SCRIPTS}/ranks.py"
+        body = f"exec {LAUNCH} --dir {workshop.path}/runs -- {step}\n"
+        return Batch(cluster, workshop, body=body)
+    body = in_slurm(how)
+    for there, here in (
+        ('exec ckptd launch --dir "$SLURM_SUBMIT_DIR/ckptd-runs"', f"exec {LAUNCH} --dir runs"),
+        ("=1 torchrun ", f"=1 {TORCHRUN} "),
+        ("--nproc-per-node=8 ", "--nproc-per-node=1 "),
+        ('"$SLURMD_NODENAME:$((20000 + SLURM_JOB_ID % 10000))"', f"localhost:{free_port()}"),
+        (" train.py'", f" --local-addr=127.0.0.1 {SCRIPTS}/ranks.py'"),
+    ):
+        assert there in body
+        body = body.replace(there, here)
+    return Batch(cluster, workshop, body=body)
+
+
+def check_several(cluster: Cluster, batch: Batch, job: str, reference: list[str]) -> None:
+    """The job completed, bit for bit as the plain script on every rank, and left no process."""
+    cluster.wait_for(job, JobState="COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|PREEMPTED")
+    assert cluster.show(job)["JobState"] == "COMPLETED", batch.told()
+    assert results(batch.path, len(reference) // 2) == reference
+    assert cluster.processes(job) == []
+
+
+@ONE_TRACKER
+@pytest.mark.parametrize("name", sorted(path.name for path in SLURM.glob("*.sbatch")))
+def test_the_scripts(cluster: Cluster, tmp_path: Path, name: str) -> None:
+    """Slurm takes what is in slurm/, and bash understands it."""
+    script = tmp_path / name
+    script.write_text(f"#!/bin/bash\n{in_slurm(name)}")
+    cluster.do("sbatch", "--test-only", str(script))
+    cluster.do("bash", "-n", str(script))
+
+
+@ONE_TRACKER
+def test_ranks_on_two_nodes(
+    cluster: Cluster, workshop: Workshop, several: Callable[[int], list[str]]
+) -> None:
+    """slurm/several-nodes.sbatch: a rank dies, and the step is started again; all ranks are
     saved at a warning, put back into the queue, continued, and come to the plain script's bits."""
-    torchrun = (
-        f"{sys.executable} -m torch.distributed.run --rdzv-backend=c10d "
-        f"--rdzv-endpoint=localhost:{free_port()} --local-addr=127.0.0.1 --nproc-per-node=1"
-    )
-    script = SCRIPTS / "ranks.py"
-    step = f"srun --kill-on-bad-exit=1 {torchrun} --nnodes=2 {script}"
-    body = f"exec {LAUNCH} --dir {workshop.path}/runs -- {step}\n"
-    batch = Batch(cluster, workshop, body=body)
-    job = batch.submit(
-        *("--nodes=2", "--ntasks=2", "--ntasks-per-node=1"), FAULTS="1,5,kill 0,12,wait"
-    )
+    batch = over_two_nodes(cluster, workshop, "several-nodes.sbatch")
+    job = batch.submit(FAULTS="1,5,kill 0,12,wait")
     batch.wait_until((batch.path / "fault-12").exists, "the twelfth step")
     cluster.do("scancel", "--batch", "--signal=USR1", job)
     cluster.start_requeued(job)
-    cluster.wait_for(job, JobState="COMPLETED|FAILED|CANCELLED|TIMEOUT")
-    assert cluster.show(job)["JobState"] == "COMPLETED", batch.told()
-    assert cluster.processes(job) == []
+    check_several(cluster, batch, job, several(2))
     starts = [e["step"] for e in workshop.journal(f"slurm-{job}") if e["event"] == "started"]
     assert len(starts) == 3
     assert int(str(starts[2])) >= 12, "what was done when the warning came was saved"
-    plain = Workshop(workshop.path / "plain")
-    plain.path.mkdir()
-    plain.plain(*f"{torchrun} --nproc-per-node=2 {script}".split())
-    for name in ("losses-0.txt", "losses-1.txt", "final-0.txt", "final-1.txt"):
-        assert (batch.path / name).read_text() == (plain.path / name).read_text()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("interrupted", ["USR1", "requeued", "preempted", "scancel", "a rank dies"])
+def test_ranks_on_two_nodes_are_interrupted(
+    cluster: Cluster,
+    workshop: Workshop,
+    several: Callable[[int], list[str]],
+    how: str,
+    interrupted: str,
+) -> None:
+    """By whatever signals Slurm sends to the batch process, the steps, or both."""
+    batch = over_two_nodes(cluster, workshop, how)
+    dies = interrupted == "a rank dies"
+    faults = "1,12,kill" if dies else "1,12,wait"
+    job = batch.submit("--exclusive", *ASKED[how], FAULTS=f"0,3,flush {faults}")
+    batch.wait_until((batch.path / "fault-12").exists, "the twelfth step")
+    if interrupted == "preempted":
+        cluster.wait_for(preempt(cluster, cluster.nodes[1]), JobState="COMPLETED")
+    elif interrupted == "requeued":
+        cluster.do("scontrol", "requeue", job)
+    elif interrupted == "scancel":
+        cluster.do("scancel", job)
+        cluster.wait_for(job, JobState="CANCELLED")
+        batch.wait_until(lambda: cluster.processes(job) == [], "the end of the step")
+        assert cluster.show(job)["JobState"] == "CANCELLED"
+        cluster.do("scontrol", "requeue", job)
+    elif interrupted == "USR1":
+        cluster.do("scancel", "--batch", "--signal=USR1", job)
+    if not dies:
+        cluster.start_requeued(job)
+    check_several(cluster, batch, job, several(RANKS[how]))
+    restored = [e["step"] for e in workshop.journal(f"slurm-{job}") if e["event"] == "restored"]
+    assert len(restored) == 1
+    if not dies:
+        assert int(str(restored[0])) >= 12, "what was done then was saved"
+
+
+@ONE_TRACKER
+def test_a_step_has_a_process_that_is_no_rank(
+    cluster: Cluster, workshop: Workshop, several: Callable[[int], list[str]]
+) -> None:
+    """A rank dies, and srun would wait for ever: it is told to end, and ends all of its step.
+
+    If it were killed, what it started would go on, and hold the processors of the next step.
+    """
+    batch = over_two_nodes(cluster, workshop, "srun python")
+    inner = workshop.path / "rank.sh"
+    beside = "test $SLURM_PROCID = 2 && if mkdir beside; then exec sleep 1000; else exit 0; fi\n"
+    inner.write_text(inner.read_text().replace("export RANK", f"{beside}export RANK", 1))
+    inner.write_text(inner.read_text().replace("$SLURM_NTASKS", "2", 1))
+    batch.script.write_text(batch.script.read_text().replace(" --kill-on-bad-exit=1", ""))
+    job = batch.submit(*ASKED["srun python"], FAULTS="1,5,kill")
+    check_several(cluster, batch, job, several(2))
 
 
 def free_port() -> int:
