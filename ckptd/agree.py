@@ -15,9 +15,9 @@ Rules:
    then on no rank gets further than one item beyond what is read of it.
 4. The target is the end of the item in which the furthest rank is: nobody has passed it, and all
    come to it. A rank flushes at its first safe point that is not before the target.
-5. The target lies in a loop that all ranks are in. Where they are not in the same innermost one (a
-   rank is between two loops, or in one that the others don't have), it is better to ask again a
-   little later: the end of an outer item may be far.
+5. A rank that is between two loops of an item in which the furthest one is in a loop may be before
+   that loop, or behind it, or not have it at all (an evaluation by one rank alone). Then it is
+   better to ask again a little later: all come to the end of the outer item, but it may be far.
 
 The method is that of TensorFlow's preemption sync manager (publish the notice, freeze and read
 every task's step counter, take the largest plus one), with positions in place of counters, and the
@@ -49,32 +49,17 @@ def target(positions: Sequence[Position], *, patient: bool) -> Position | None:
     Returns:
         None: not now; let them go on, and ask again.
     """
-    common = _common(positions)
-    depths = {len(one) for one in positions}
-    if depths == {common} and common:
-        return (*positions[0][:-1], _next(positions, common - 1))
-    following = {one[common][0] if len(one) > common else None for one in positions}
-    if len(following) == 1 and None not in following:
-        # All are in this loop, but not at the same item of it.
-        innermost = depths == {common + 1}
-        if innermost or not patient:
-            return (*positions[0][:common], _next(positions, common))
+    furthest = max(positions)
+    between = [one for one in positions if one != furthest and furthest[: len(one)] == one]
+    if between and patient:
         return None
-    if patient or not common:
-        return None
-    return (*positions[0][: common - 1], _next(positions, common - 1))
+    within = min(between, key=len, default=furthest)
+    if not within:
+        return None  # it is before the first loop
+    *outer, (ordinal, done) = within
+    return (*outer, (ordinal, done + 1))
 
 
-def _common(positions: Sequence[Position]) -> int:
-    """In how many loops, from the outermost one on, all are at the same item."""
-    depth = 0
-    for level in zip(*positions, strict=False):
-        if len(set(level)) > 1:
-            break
-        depth += 1
-    return depth
-
-
-def _next(positions: Sequence[Position], level: int) -> tuple[int, int]:
-    """The end of the item of one loop in which the furthest rank is."""
-    return positions[0][level][0], max(one[level][1] for one in positions) + 1
+def is_far(target: Position, positions: Sequence[Position]) -> bool:
+    """Whether it is the end of an item that the furthest rank has a loop in, so may be far away."""
+    return len(target) < len(max(positions))

@@ -33,6 +33,10 @@ _SAY_S: Final = 5.0
 _ANSWERS_WITHIN_S: Final = 8.0
 _ASK_AGAIN_S: Final = 0.02  # then twice as long, and so on: patient for about two seconds
 _ASK_AGAIN_S_MAX: Final = 0.5
+#: How often to ask again where they agreed upon what is far.
+_FAR_AGAIN_S: Final = 2.0
+#: They wait for longer than that, but if we come so late we were stopped: they may have gone on.
+_LATE_S: Final = 2.0
 _NAMED_MAX: Final = 8
 _PENDING_MAX: Final = 2  # snapshots of one rank that wait for those of the others
 
@@ -105,6 +109,8 @@ class _Request:
 
     Attributes:
         word: as it stands in the pages.
+        words: that, and what stood there before.
+        target: upon which safe point they agreed; None: not yet.
         due_s: when to look where they are, or to ask again; infinite: they know where to answer.
         until_s: how long to wait for ranks on other machines to say where they are.
         answers: where each has answered, by rank.
@@ -113,11 +119,13 @@ class _Request:
 
     serial: int
     leave: bool
-    word: int
-    due_s: float
-    until_s: float
+    word: int = 0
+    due_s: float = math.inf
+    until_s: float = math.inf
     frozen: bool = True
     tries: int = 0
+    words: set[int] = field(default_factory=set)
+    target: Position | None = None
     answers: dict[int, str] = field(default_factory=dict)
     standing: dict[int, int] = field(default_factory=dict)
 
@@ -271,7 +279,8 @@ class Ranks:
     def ask(self, serial: int, now_s: float, *, leave: bool) -> None:
         """Ask all for a snapshot; `leave`: and to end when it is durable."""
         if self.size > 1:
-            self._freeze(serial, now_s, leave=leave, tries=0)
+            self._request = _Request(serial, leave)
+            self._freeze(self._request, now_s)
         else:
             for worker in self:
                 worker.ask(wire.request_word(serial, _kind(leave=leave)))
@@ -285,21 +294,26 @@ class Ranks:
         request = self._request
         if request is None or now_s < request.due_s:
             return
-        if not request.frozen:
-            self._freeze(request.serial, now_s, leave=request.leave, tries=request.tries)
+        if not request.frozen or now_s > request.due_s + _LATE_S:
+            self._freeze(request, now_s)
             return
         positions = [worker.position(request.word) for worker in self]
         known = [position for position in positions if position is not None]
-        if len(known) < len(positions) and now_s < request.until_s:
+        all_known = len(known) == len(positions)
+        if not all_known and now_s < request.until_s:
             request.due_s = request.until_s  # or when the last one says it: see `seen`
             return
-        target = None
-        if len(known) == len(positions):
-            target = agree.target(known, patient=request.tries < agree.PATIENT_TRIES)
+        # A rank that has come to the target may have answered: then that stays the target.
+        if all_known and (request.target is None or max(known) < request.target):
+            patient = request.tries < agree.PATIENT_TRIES
+            request.target = agree.target(known, patient=patient)
         for worker in self:
-            worker.agree(request.word, target)
-        if target is None:
+            worker.agree(request.word, request.target)
+        if request.target is None:
             self._ask_later(request, now_s)
+        elif not all_known or agree.is_far(request.target, known):
+            # They may be nearer to each other soon, and agree upon something that is not far.
+            request.due_s, request.frozen = now_s + _FAR_AGAIN_S, False
         else:
             request.due_s = math.inf
 
@@ -313,15 +327,17 @@ class Ranks:
     def answered(self, rank: int, word: int, place: str, now_s: float) -> str | None:
         """A rank has answered; what to say if the ranks did so at different places."""
         request = self._request
-        if request is None or request.word != word:
+        if request is None or word not in request.words:
             return None
-        request.answers[rank] = place
+        request.answers.setdefault(rank, place)
         if len(request.answers) < self.size:
             return None
+        self._request = None
         if len(set(request.answers.values())) == 1:
-            self._request = None
             return None
-        self._ask_later(request, now_s)
+        again = _Request(request.serial, request.leave, tries=request.tries)
+        self._request = again
+        self._ask_later(again, now_s)
         one, other = sorted(set(request.answers.values()))[:2]
         ranks = {where: number for number, where in request.answers.items()}
         return (
@@ -335,9 +351,9 @@ class Ranks:
         if self.size == 1:
             return {rank: generation}
         request = self._request
-        if request is None or request.word != word:
+        if request is None or word not in request.words:
             return None
-        request.standing[rank] = generation
+        request.standing.setdefault(rank, generation)
         if len(request.standing) < self.size:
             return None
         self._request = None
@@ -347,11 +363,12 @@ class Ranks:
         """The serial of the request that a word is; 0: it is none."""
         return self._words.get(word, 0) if self.size > 1 else wire.serial_of(word)
 
-    def _freeze(self, serial: int, now_s: float, *, leave: bool, tries: int) -> None:
-        word = wire.request_word(len(self._words) + 1, _kind(leave=leave))
-        self._words[word] = serial
-        due_s, until_s = now_s + agree.SEEN_S, now_s + _SAY_S
-        self._request = _Request(serial, leave, word, due_s, until_s, tries=tries)
+    def _freeze(self, request: _Request, now_s: float) -> None:
+        word = wire.request_word(len(self._words) + 1, _kind(leave=request.leave))
+        self._words[word] = request.serial
+        request.word, request.frozen = word, True
+        request.words.add(word)
+        request.due_s, request.until_s = now_s + agree.SEEN_S, now_s + _SAY_S
         for worker in self:
             worker.ask(word)
 

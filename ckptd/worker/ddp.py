@@ -5,7 +5,13 @@ order in which their gradients became ready then. Buckets decide which elements 
 place of a ring, and so, from three ranks on, about the last bit of the sums. A process that resumes
 has made its first iteration long ago: it has to begin with the buckets of then.
 
-There is no way to set them. But the order can be shown again: a backward pass that reaches every
+It also remembers whether its last forward pass was one that gradients were reduced for: if it was
+not (accumulation, `no_sync`, an evaluation), the next one leaves every rank its own buffers.
+
+With `find_unused_parameters` it further remembers which parameters were used since gradients were
+reduced the last time: those that were not keep what they have. They are told by their gradients.
+
+There is no way to set any of that. But it can be shown again: a backward pass that reaches every
 parameter in the order of the record, with gradients of zero, leaves the reducer as the first
 iteration has left it. It runs at the resume point, on all ranks, before anything is restored.
 
@@ -18,11 +24,12 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any, Final
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,9 +43,13 @@ class Replicas:
     """The `DistributedDataParallel` modules of this process, those that are made later too."""
 
     def __init__(self) -> None:
-        self._found: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet(
-            one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)
+        # In the order in which they were seen: of two of the same parameters the newest counts.
+        self._found: weakref.WeakKeyDictionary[DistributedDataParallel, None] = (
+            weakref.WeakKeyDictionary()
         )
+        for one in gc.get_objects():
+            if issubclass(type(one), DistributedDataParallel):
+                self._found[one] = None
         self._rebuilt: weakref.WeakKeyDictionary[DistributedDataParallel, str] = (
             weakref.WeakKeyDictionary()
         )
@@ -46,35 +57,58 @@ class Replicas:
 
     def _note(self, parent: torch.nn.Module, name: str, child: object) -> None:  # noqa: ARG002
         if isinstance(parent, DistributedDataParallel):
-            self._found.add(parent)
+            self._found[parent] = None
 
-    def record(self, names: dict[int, str]) -> dict[str, Json]:
+    def record(
+        self, names: dict[int, str], tracked: Container[int], say: Callable[[str], object]
+    ) -> dict[str, Json]:
         """For each, by the name of its first parameter: the buckets, or what they will follow.
 
         Args:
             names: `id(parameter)` -> name, of all that is tracked.
+            tracked: `id(object)`, of all that is tracked.
+            say: tells a person what is not exact.
         """
         found: dict[str, Json] = {}
-        for one in list(self._found):
-            key = _key(one, names)
-            if key is not None and not one.find_unused_parameters:
-                found[key] = {
-                    "rebuilt": self._buckets(one),
-                    "ready": _logged(one).get(_READY, ""),
-                    "static": bool(one.static_graph),
-                }
+        for key, one in self._by_key(names).items():
+            for hook, state in one._comm_hooks:  # noqa: SLF001  # there is no other way to know
+                if not (state is None or isinstance(state, ProcessGroup) or id(state) in tracked):
+                    say(
+                        f"the state of the communication hook `{hook.__qualname__}` of the "
+                        f"DistributedDataParallel of {key} (a {type(state).__qualname__}) is not "
+                        "carried: a resumed job begins with a fresh one. Track it: "
+                        "ckptd.attach(hook_state=…)"
+                    )
+            # With parameters that may be unused, the buckets stay what they were at first.
+            fixed = one.find_unused_parameters
+            found[key] = {
+                "rebuilt": "" if fixed else self._buckets(one),
+                "ready": "" if fixed else _logged(one).get(_READY, ""),
+                "static": bool(one.static_graph),
+                "buffers": bool(one.require_forward_param_sync),
+                "used": _used(one) if fixed and not one.require_forward_param_sync else [],
+            }
         return found
 
     def restore(
         self, saved: dict[str, Json], names: dict[int, str], say: Callable[[str], object]
     ) -> None:
-        """Make the buckets what they were; called by all ranks at the same place."""
-        by_key = {_key(one, names): one for one in list(self._found)}
+        """Make the buckets what they were; called by all ranks at the same place.
+
+        What another rank's death does to a collective is raised as it comes: it is not the
+        checkpoint's fault, and starting again helps.
+        """
+        by_key = self._by_key(names)
         # In the order of their names: all ranks must reduce the same at the same time.
         for key, record in sorted(saved.items()):
             one = by_key.get(key)
             order = record["rebuilt"] or record["ready"]
-            if one is None or not order:
+            if one is None:
+                continue
+            one.require_forward_param_sync = record["buffers"]
+            if record["used"]:
+                _show(one, record["used"], reduce=False)
+            if not order:
                 continue
             if record["static"]:
                 say(
@@ -83,12 +117,18 @@ class Replicas:
                 )
                 continue
             indices = [int(index) for index in order.replace(",", " ").split()]
-            _show(one, indices, rebuild=bool(record["rebuilt"]))
+            _show(one, indices, reduce=True)
+            if record["rebuilt"]:
+                one.reducer._rebuild_buckets()  # noqa: SLF001  # what the next forward begins with
             if record["rebuilt"] and self._buckets(one) != record["rebuilt"]:
                 say(
                     f"the gradient buckets of the DistributedDataParallel of {key} are not what "
                     "they were: from three ranks on, sums may differ in their last bit"
                 )
+
+    def _by_key(self, names: dict[int, str]) -> dict[str, DistributedDataParallel]:
+        found = {_key(one, names): one for one in list(self._found)}
+        return {key: one for key, one in found.items() if key is not None}
 
     def _buckets(self, one: DistributedDataParallel) -> str:
         """Which parameters are in which bucket; empty: it has not laid them out again yet."""
@@ -115,7 +155,13 @@ class _Link(torch.autograd.Function):
         return grad, ctx.zero(), None
 
 
-def _show(one: DistributedDataParallel, order: list[int], *, rebuild: bool) -> None:
+def _used(one: DistributedDataParallel) -> list[int]:
+    """The parameters that have gradients to be reduced still."""
+    parameters, _ = one._build_params_for_reducer()  # type: ignore[no-untyped-call]  # noqa: SLF001
+    return [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
+
+
+def _show(one: DistributedDataParallel, order: list[int], *, reduce: bool) -> None:
     """A backward pass that reaches the parameters in this order."""
     # The indices count in these.
     parameters, sparse = one._build_params_for_reducer()  # type: ignore[no-untyped-call]  # noqa: SLF001
@@ -127,11 +173,10 @@ def _show(one: DistributedDataParallel, order: list[int], *, rebuild: bool) -> N
         for index in reversed(order):
             zero = partial(_zero, parameters[index], sparse=sparse[index])
             end = _Link.apply(end, parameters[index], zero)  # type: ignore[no-untyped-call]
-        one.reducer.prepare_for_forward()
-        one.reducer.prepare_for_backward([])
+        if reduce:
+            one.reducer.prepare_for_forward()
+            one.reducer.prepare_for_backward([])
         end.backward()  # type: ignore[no-untyped-call]
-    if rebuild:
-        one.reducer._rebuild_buckets()  # noqa: SLF001  # what the next forward would begin with
     for parameter, grad in zip(parameters, kept, strict=True):
         parameter.grad = grad
 

@@ -222,6 +222,7 @@ class LaunchedJob(Job):
         self._began_s = time.monotonic()
         self._pid = os.getpid()
         self._stood_s = 0.0  # still, until it was agreed where to flush
+        self._undecided = 0  # the request for which it was waited in vain
         self._leaving = False
         self._said_once: set[str] = set()
         for text in environment.differences(welcome.environment, facts):
@@ -400,8 +401,9 @@ class LaunchedJob(Job):
         while (target := page.agreed(word := int(self.words[wire.WORD_REQUEST]))) is None:
             if self._orphans is not None and self._orphans.failed is not None:
                 self._give_up(self._orphans.failed)
-            if time.monotonic() > until_s:
-                return None  # nobody decides: the next safe point sees
+            if word == self._undecided or time.monotonic() > until_s:
+                self._undecided = word  # nobody decides: the next safe point sees
+                return None
             time.sleep(_AGREES_POLL_S)
         if not target:
             self.answered = word  # it is asked again, when the ranks are nearer to each other
@@ -450,7 +452,7 @@ class LaunchedJob(Job):
         document = {
             "format": snapshot.FORMAT,
             "components": components,
-            "replicas": {} if self._replicas is None else self._replicas.record(naming),
+            "replicas": self._record_replicas(carriers, naming),
             "vars": writer.add(_VARS, tree.freeze(dict(self.vars.__dict__), "job.vars")),
             "position": self._loops.record(writer),
             "streams": {
@@ -467,6 +469,14 @@ class LaunchedJob(Job):
         arena, table, listed = writer.write(document, outputs, self._arenas, self._layouts)
         where = self._loops.described() if self._ranks > 1 else ""
         return _Captured(arena, self._loops.step, table, listed, where)
+
+    def _record_replicas(
+        self, carriers: dict[str, Carrier], naming: ParameterNames
+    ) -> dict[str, Json]:
+        if self._replicas is None:
+            return {}
+        tracked = {id(carrier.target) for carrier in carriers.values()}
+        return self._replicas.record(naming, tracked, self.say_once)
 
     def _announce_size(self) -> None:
         """Before the first step: about how much a snapshot will need.

@@ -8,7 +8,8 @@ Rules:
 3. When the supervisor dies, the job goes on until its next safe point and saves itself there. Until
    then nothing may break: the worker holds the job's lock and the read end of its own output pipe,
    and writes what comes out of that pipe into the log itself.
-4. A signal to this process (to its whole group, or from a host that only signals the tasks) is
+4. The connection is this process's alone: that it ends is how the supervisor learns of its death.
+5. A signal to this process (to its whole group, or from a host that only signals the tasks) is
    passed on to the supervisor as a notice. The handler sends one packet and returns.
 """
 
@@ -73,6 +74,7 @@ class Link:
         self._arenas, self._on_orphaned = arenas, on_orphaned
         self._pid = os.getpid()
         self._socket, self._bridge = _connected(address)
+        os.register_at_fork(after_in_child=self._let_go)
         self.send(hello)
         self.welcome, (page, *others) = self._expect_welcome()
         if self._bridge is None:
@@ -197,6 +199,17 @@ class Link:
                 if not chunk:
                     return
                 log.write(chunk)
+
+    def _let_go(self) -> None:
+        """In a fork, a loader's worker, say: the connection ends with the process that made it.
+
+        A loader's workers outlive a process that was killed for seconds. Until then the supervisor
+        would take what its death leads to, such as a launcher's signals to the other ranks, for the
+        reason of something else.
+        """
+        self._socket.close()
+        self._socket, nobody = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        nobody.close()
 
     def _notice(self, number: int, frame: object) -> None:  # noqa: ARG002  # a handler's signature
         if os.getpid() == self._pid:  # a forked loader worker inherits the handler, not the task

@@ -22,7 +22,7 @@ import msgspec
 import torch
 
 from ckptd import wire
-from ckptd.errors import CannotCarryError, DamagedError
+from ckptd.errors import DamagedError
 from ckptd.host import memory
 from ckptd.store import image
 from ckptd.store.manifest import STATE
@@ -30,7 +30,7 @@ from ckptd.worker import tree
 from ckptd.worker.arena import Arena, Arenas
 from ckptd.worker.copies import Copies
 from ckptd.worker.resting import Resting
-from ckptd.worker.state import Saved, is_sharded
+from ckptd.worker.state import Saved
 from ckptd.worker.tree import Frozen, Json
 
 FORMAT: Final = 1
@@ -94,11 +94,6 @@ class Writer:
 
     def _place(self, file: str, name: str, tensor: torch.Tensor, *, own: bool) -> list[Json]:
         address = tensor.data_ptr()
-        if not address and is_sharded(tensor):
-            raise CannotCarryError(
-                f"`{name}` in {file} is a {type(tensor).__name__}: a tensor that is shared out "
-                "among ranks can't be carried yet"
-            )
         same = self._placed.get(address)
         if same and not own:
             for other, placed in same:

@@ -48,6 +48,8 @@ _CONTAINERS: Final = (
     *(list, dict, set, deque, bytearray, OrderedDict, Counter, defaultdict),
     *(torch.Tensor, np.ndarray),
 )
+#: torch's sharded optimizer; imported only where a script uses it.
+_SPREAD: Final = "ZeroRedundancyOptimizer"
 _CODE: Final = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
     *(types.ModuleType, type, staticmethod, classmethod, property),
@@ -163,6 +165,11 @@ def carrier_for(name: str, target: Any) -> Carrier:
         return ModuleCarrier(name, target)
     if isinstance(target, Optimizer) and _keeps_plain_state(target):
         return OptimizerCarrier(name, target)
+    if any(cls.__name__ == _SPREAD for cls in type(target).__mro__):
+        raise CannotCarryError(
+            f"`{name}` is a {_SPREAD}, whose state is spread over the ranks: ckptd does not carry "
+            "these yet. Use the optimizer that it wraps, with DistributedDataParallel"
+        )
     if rng.is_generator(target):
         rng.capture(target)  # SystemRandom is refused here and not at the first checkpoint
         return GeneratorCarrier(name, target)
@@ -281,14 +288,15 @@ class ModuleCarrier(Carrier):
         """
         modules = zip(names.modules, members.modules, strict=True)
         sharded: list[tuple[str, object]] = [(n, m) for n, m in modules if _is_fsdp(m)]
-        sharded += [(n, p) for n, p in _named_parameters(members, names) if is_sharded(p)]
+        sharded += [(n, p) for n, p in _named_parameters(members, names) if tree.is_wrapper(p)]
         if sharded:
             name, one = sharded[0]
             raise CannotCarryError(
                 f"`{self.name}`: `{name}` is a {type(one).__name__}: parameters that are shared "
-                "out among ranks (FSDP, tensor parallelism) can't be carried yet; those of "
-                "DistributedDataParallel can. Start this script without ckptd; or, if it saves "
-                "itself on a signal, without attach by `ckptd launch --flush-signal`"
+                "out among ranks (FSDP, tensor parallelism), or put together from other tensors, "
+                "can't be carried yet; those of DistributedDataParallel can. Start this script "
+                "without ckptd; or, if it saves itself on a signal, without attach by "
+                "`ckptd launch --flush-signal`"
             )
 
     @property
@@ -835,15 +843,13 @@ def _is_fsdp(module: torch.nn.Module) -> bool:
     return any(one.__name__ == "FullyShardedDataParallel" for one in type(module).__mro__)
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor, of which this rank has a part: it has no memory of its own."""
-    return getattr(tensor, "device_mesh", None) is not None
-
-
 def _is_weight(value: Any) -> bool:
     """Whether a safetensors file can hold it under its own name."""
     return (
-        isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and not value.is_quantized
+        and not tree.is_wrapper(value)
     )
 
 

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckptd.errors import CannotCarryError, MismatchError
 from ckptd.worker import rng
@@ -34,6 +35,8 @@ _TAG: Final = "$"
 BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _FACTORIES: Final = {"int": int, "float": float, "list": list, "dict": dict, "set": set, "str": str}
+#: Most tensors, told without a search.
+_OWN_MEMORY: Final = (torch.Tensor, torch.nn.Parameter)
 _MAPPINGS: Final[dict[Any, str]] = {dict: "dict", OrderedDict: "ordered", Counter: "counter"}
 _MISSING: Final = object()
 
@@ -60,6 +63,11 @@ class Frozen:
     def __init__(self, tree: Json, tensors: list[tuple[str, torch.Tensor]]) -> None:
         self.tree = tree
         self.tensors = tensors
+
+
+def is_wrapper(value: torch.Tensor) -> bool:
+    """Whether a tensor has no memory of its own but is put together from others."""
+    return type(value) not in _OWN_MEMORY and is_traceable_wrapper_subclass(value)
 
 
 def freeze(value: Any, name: str) -> Frozen:
@@ -159,6 +167,8 @@ class _Freezer:
         ]
 
     def _freeze_tensor(self, value: torch.Tensor, path: str) -> dict[str, Json]:
+        if is_wrapper(value):
+            raise self._wrapped(value, path)
         head: dict[str, Json] = {
             "dtype": _DTYPE_NAMES[value.dtype],
             "shape": list(value.shape),
@@ -222,6 +232,14 @@ class _Freezer:
             "order": "F" if fortran else "C",
             "parts": [number],
         }
+
+    def _wrapped(self, value: torch.Tensor, path: str) -> CannotCarryError:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        return CannotCarryError(
+            f"`{self.name}{path}` is a {kind}, a tensor that is put together from others (a part "
+            "of it on each rank, as FSDP, tensor parallelism and DTensor have it): ckptd does not "
+            "carry these yet. Use DistributedDataParallel, or take it out of what is tracked"
+        )
 
     def _refusal(self, value: object, path: str, what: str | None = None) -> CannotCarryError:
         what = what or f"a {type(value).__module__}.{type(value).__qualname__}"

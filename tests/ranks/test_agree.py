@@ -1,197 +1,241 @@
-"""Upon which safe point ranks agree: in every moment at which they can be asked, of some programs.
+"""`agree.target`: wherever ranks stand when they are asked, they flush at one place, and none has
+passed it.
 
-A rank's way through a program is a list of events: it is somewhere, it is at a safe point, it is in
-a collective with the others. Ranks are asked at every combination of moments that the collectives
-allow, and what is read of each is any place between there and where it then stands still.
+Ranks of one script go through the same moments in the same order. A collective is a moment that
+nobody gets past before all have come to it. That is all a rank is here: its script as the list of
+its moments, and how many of them it has behind it. Every combination of these that collectives
+allow is tried, so every way in which ranks can have been interleaved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import product
-from typing import NamedTuple
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import permutations
 
 import pytest
 
 from ckptd import agree
 from ckptd.agree import Position
 
-
-class Event(NamedTuple):
-    kind: str  # "at", "safe", "together"
-    position: Position
+Target = Callable[..., Position | None]
 
 
-Way = list[Event]
+@dataclass(frozen=True)
+class Moment:
+    """What a rank's status page says from here on; "check": a safe point, at a position of its
+    own; "collective": nobody goes on before all are here."""
+
+    page: Position
+    kind: str = ""
+    at: Position = ()
 
 
-def loop(around: Position, ordinal: int, items: int, *, left_at: int | None = None) -> Way:
-    """A loop in whose items nothing is done with others; `left_at`: it is broken out of."""
-    way = [Event("safe", (*around, (ordinal, 0)))]
-    for done in range(items):
-        way.append(Event("safe", (*around, (ordinal, done))))
-        if done == left_at:
-            return [*way, Event("at", around)]
-    end = (*around, (ordinal, items))
-    return [*way, Event("safe", end), Event("safe", end), Event("at", around)]
+@dataclass
+class Loop:
+    """A loop of a script; `left_at`: broken out of after so many items; None: never."""
+
+    items: int
+    body: list[Loop | str] = field(default_factory=list)
+    left_at: int | None = None
 
 
-def training(around: Position, items: int, **more: int) -> Way:
-    """The same with a collective in each item."""
-    way: Way = []
-    safe = loop(around, 0, items, **more)
-    for number, event in enumerate(safe):
-        way.append(event)
-        if event.kind == "safe" and 0 < number <= items:
-            way.append(Event("together", event.position))
-    return way
+def moments(script: list[Loop | str]) -> list[Moment]:
+    """A script's moments, in the order in which `worker/loops.py` comes to them."""
+    found = [Moment(())]
+    _body(script, (), found)
+    return found
 
 
-def epochs(*bodies: Way) -> Way:
-    """An outer loop, of which each item is one of these."""
-    way = [Event("safe", ((0, 0),))]
-    for done, body in enumerate(bodies):
-        way += [Event("safe", ((0, done),)), *body]
-    end = ((0, len(bodies)),)
-    return [*way, Event("safe", end), Event("safe", end)]
-
-
-def epoch(number: int, *, evaluates: bool = True, **more: int) -> Way:
-    around = ((0, number),)
-    way = training(around, 2, **more)
-    if evaluates:
-        way += loop(around, 1, 2)
-    return [*way, Event("together", around)]
-
-
-SAME = {
-    "one loop": training((), 4),
-    "epochs": epochs(epoch(0), epoch(1)),
-    "left": epochs(epoch(0, left_at=1), epoch(1)),
-}
-FIRST_EVALUATES = [
-    epochs(epoch(0), epoch(1)),
-    epochs(epoch(0, evaluates=False), epoch(1, evaluates=False)),
-]
-
-
-def collectives(way: Way, index: int) -> int:
-    """How many a rank has come to that has done so many events."""
-    return sum(event.kind == "together" for event in way[:index])
-
-
-def advance(ways: Sequence[Way], at: list[int], stops: list[set[int]]) -> list[int]:
-    """Let all go on until they stand where they are to stop, or nobody can go on."""
-    moved = True
-    while moved:
-        moved = False
-        for rank, way in enumerate(ways):
-            while at[rank] < len(way) and at[rank] not in stops[rank]:
-                # Who is in a collective goes on when all others have come to it.
-                if way[at[rank] - 1].kind == "together" and at[rank] > 0:
-                    done = collectives(way, at[rank])
-                    if any(collectives(w, i) < done for w, i in zip(ways, at, strict=True)):
-                        break
-                at[rank] += 1
-                moved = True
-    return at
-
-
-def moments(ways: Sequence[Way]) -> Iterator[tuple[int, ...]]:
-    """After how many events each rank can be at one time."""
-    for at in product(*(range(1, len(way) + 1) for way in ways)):
-        come = [collectives(way, index) for way, index in zip(ways, at, strict=True)]
-        # Who has left a collective has left it because all had come to it.
-        left = [
-            collectives(way, index) - (way[index - 1].kind == "together")
-            for way, index in zip(ways, at, strict=True)
-        ]
-        if max(left) <= min(come):
-            yield at
-
-
-def where(way: Way, index: int) -> Position:
-    """What a rank's page shows after so many events."""
-    return next((e.position for e in reversed(way[:index]) if e.kind != "together"), ())
-
-
-def asked(ways: Sequence[Way]) -> Iterator[tuple[list[int], list[Position]]]:
-    """Where the ranks stand still after they were asked, and what may be read of them by then."""
-    for at in moments(ways):
-        # A safe point at which it is just now has been passed: it looked before it was asked.
-        stops = [
-            {i + 1 for i in range(index, len(way)) if way[i].kind == "safe"}
-            for way, index in zip(ways, at, strict=True)
-        ]
-        standing = advance(ways, list(at), stops)
-        reads = [
-            {where(way, i) for i in range(index, still + 1)}
-            for way, index, still in zip(ways, at, standing, strict=True)
-        ]
-        for positions in product(*reads):
-            yield standing, list(positions)
-
-
-def stopped(ways: Sequence[Way], standing: list[int], target: Position) -> list[int]:
-    """Where each answers: at its first safe point from where it stands that is not before it."""
-    stops = [
-        {
-            i + 1
-            for i in range(len(way))
-            if i + 1 >= still and way[i].kind == "safe" and way[i].position >= target
-        }
-        for way, still in zip(ways, standing, strict=True)
-    ]
-    return advance(ways, list(standing), stops)
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("program", SAME)
-def test_all_answer_at_one_place(program: str, ranks: int) -> None:
-    """Nobody has passed it, nobody waits for ever, and all are at the very same event of the
-    program. In one loop it is at most one item from where the furthest was."""
-    ways = [SAME[program]] * ranks
-    decided = 0
-    for standing, positions in asked(ways):
-        for patient in (True, False):
-            target = agree.target(positions, patient=patient)
-            if target is None:
-                continue
-            decided += 1
-            ends = stopped(ways, standing, target)
-            assert len(set(ends)) == 1, (positions, target, ends)
-            if patient:
-                assert target[:-1] == max(positions)[:-1]
-                assert target[-1][1] == max(positions)[-1][1] + 1
-    assert decided > 0
-
-
-def test_a_loop_that_one_rank_has_alone() -> None:
-    """They answer at the end of the item around it, where both come to. Only if they are asked in
-    the very last item before it, they may find themselves apart, which is seen and said."""
-    ways = FIRST_EVALUATES
-    within = 0
-    for standing, positions in asked(ways):
-        target = agree.target(positions, patient=False)
-        if target is None:
+def _body(body: list[Loop | str], outer: Position, found: list[Moment]) -> None:
+    ordinal = 0
+    for part in body:
+        if isinstance(part, str):
+            found.append(Moment(found[-1].page, part))
             continue
-        ends = stopped(ways, standing, target)
-        found = [where(way, end) for way, end in zip(ways, ends, strict=True)]
-        if found[0] != found[1]:
-            assert target[-1] == (0, 3), (positions, target, found)
-        within += len(positions[0]) > len(positions[1])
-    assert within > 0
+        position = (*outer, (ordinal, 0))
+        ordinal += 1
+        found += [Moment(position), Moment(position, "check", position)]  # its entry
+        for item in range(part.items):
+            found.append(Moment(position, "check", position))
+            _body(part.body, position, found)
+            if part.left_at == item:
+                break
+            position = (*outer, (position[-1][0], item + 1))
+            found.append(Moment(position))
+        else:
+            found += [Moment(position, "check", position)] * 2  # no item left; its end
+        found.append(Moment(outer))
 
 
-def test_they_are_asked_again_while_they_are_apart() -> None:
-    """Rather than to wait for the end of an outer item, which may be hours away."""
-    apart = [((0, 3), (0, 99)), ((0, 4),)]
-    assert agree.target(apart, patient=True) is None
-    assert agree.target(apart, patient=False) == ((0, 5),)
+def places(script: list[Moment], ranks: int) -> Iterator[tuple[int, ...]]:
+    """How many moments each rank can have behind it; in one order of the ranks only."""
+    barriers = [i for i, moment in enumerate(script) if moment.kind == "collective"]
+
+    def reached(behind: int) -> int:
+        """How many collectives all must have come to."""
+        return sum(one < behind for one in barriers)
+
+    def chosen(least: int, left: int) -> Iterator[tuple[int, ...]]:
+        if left == 0:
+            yield ()
+            return
+        for behind in range(least, len(script) + 1):
+            for rest in chosen(behind, left - 1):
+                yield (behind, *rest)
+
+    for one in chosen(1, ranks):
+        needed = reached(one[-1])  # by the furthest one, of the one that is furthest behind
+        if needed == 0 or one[0] >= barriers[needed - 1]:
+            yield one
 
 
-def test_outside_of_all_loops_there_is_nothing_to_agree_upon() -> None:
-    """However long it takes until all are within one."""
-    for patient in (True, False):
-        assert agree.target([(), ((0, 3),)], patient=patient) is None
-        assert agree.target([(), ()], patient=patient) is None
+def flushes(script: list[Moment], behind: int, target: Position) -> int | None:
+    """Where a rank flushes; None: the script ends before."""
+    for number in range(behind, len(script)):
+        moment = script[number]
+        if moment.kind == "check" and moment.at >= target:
+            return number
+    return None
+
+
+def items_between(script: list[Moment], behind: int, end: int) -> int:
+    """How many items of the loop that a rank is in are done meanwhile."""
+    *outer, (ordinal, _) = script[behind - 1].page
+    pages = [moment.page for moment in script[behind - 1 : end]]
+    within = [one for one in pages if list(one[: len(outer)]) == outer and len(one) > len(outer)]
+    done = {one[len(outer)] for one in within if one[len(outer)][0] == ordinal}
+    return len(done) - 1
+
+
+def wrong(script: list[Moment], ranks: int, target: Target) -> list[str]:
+    """What goes wrong for which places of the ranks."""
+    found = []
+    for behind in places(script, ranks):
+        pages = [script[one - 1].page for one in behind]
+        for patient in (True, False):
+            upon = target(pages, patient=patient)
+            if upon is None:
+                continue
+            ends = {flushes(script, one, upon) for one in behind}
+            if len(ends) > 1:
+                found.append(f"{pages}: {upon}, at {ends}")
+            # What passed a check with the target's position has passed the target.
+            last = behind[-1]
+            if any(m.kind == "check" and m.at >= upon for m in script[:last]):
+                found.append(f"{pages}: {upon} was passed")
+            (end, *_) = ends
+            loops = {(page[:-1], page[-1][0]) for page in pages if page}
+            alike = len(loops) == 1 and () not in pages
+            if alike and end is not None and items_between(script, last, end) > 1:
+                found.append(f"{pages}: {upon} is further than an item away")
+    return found
+
+
+STEPS = Loop(3, ["collective"])
+EPOCHS = {
+    "steps": [STEPS],
+    "no collectives": [Loop(3)],
+    "epochs": [Loop(2, [STEPS, Loop(2), "collective"])],
+    "evaluation every other step": [Loop(2, [Loop(2, ["collective", Loop(2)])])],
+    "broken out of": [Loop(2, [Loop(4, ["collective"], left_at=1), "collective", Loop(2)])],
+    "nothing in it": [Loop(2, [Loop(0), Loop(1, ["collective"])])],
+    "one after the other": [Loop(2, ["collective"]), "collective", Loop(2), Loop(2)],
+    "three deep": [Loop(2, [Loop(2, [Loop(2, ["collective"])])])],
+}
+
+
+@pytest.mark.parametrize("name", EPOCHS)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_all_flush_at_one_place(name: str, ranks: int) -> None:
+    """Wherever they are: at the same one, which none has passed, and no item too late."""
+    assert wrong(moments(EPOCHS[name]), ranks, agree.target) == []
+
+
+def test_any_script() -> None:
+    """The same for scripts that are drawn at random."""
+    for seed in range(150):
+        rng = random.Random(seed)
+        script = moments(_drawn(rng, 3) or [STEPS])[:60]
+        assert wrong(script, 2, agree.target) == [], f"seed {seed}"
+
+
+def _drawn(rng: random.Random, depth: int) -> list[Loop | str]:
+    if depth == 0:
+        return rng.choice([[], ["collective"]])
+    parts: list[Loop | str] = []
+    for _ in range(rng.randint(0, 2)):
+        items = rng.randint(0, 3)
+        left_at = rng.choice([None, None, rng.randint(0, 3)])
+        parts.append(Loop(items, _drawn(rng, depth - 1), left_at))
+        parts += rng.choice([[], ["collective"]])
+    return parts
+
+
+def current_item(pages: list[Position], *, patient: bool) -> Position | None:
+    """As it is, without the end of the item."""
+    upon = agree.target(pages, patient=patient)
+    return None if upon is None else (*upon[:-1], (upon[-1][0], upon[-1][1] - 1))
+
+
+def of_the_slowest(pages: list[Position], *, patient: bool) -> Position | None:
+    upon = min(pages)
+    return (*upon[:-1], (upon[-1][0], upon[-1][1] + 1)) if upon else None
+
+
+def of_the_furthest(pages: list[Position], *, patient: bool) -> Position | None:
+    """Also where another rank may be behind its loop."""
+    upon = max(pages)
+    return (*upon[:-1], (upon[-1][0], upon[-1][1] + 1)) if upon else None
+
+
+def an_item_later(pages: list[Position], *, patient: bool) -> Position | None:
+    upon = agree.target(pages, patient=patient)
+    return None if upon is None else (*upon[:-1], (upon[-1][0], upon[-1][1] + 1))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [current_item, of_the_slowest, of_the_furthest, an_item_later],
+    ids=lambda f: f.__name__,
+)
+def test_what_is_wrong_is_seen(broken: Target) -> None:
+    """Rules that look as good are found out."""
+    assert any(wrong(moments(script), 2, broken) for script in EPOCHS.values())
+
+
+@pytest.mark.parametrize("name", EPOCHS)
+def test_patience_ends(name: str) -> None:
+    """There is a target as soon as no rank is between two loops of an item in which another one
+    is in a loop; and, without patience, wherever all are in a loop."""
+    script = moments(EPOCHS[name])
+    for behind in places(script, 2):
+        pages = [script[one - 1].page for one in behind]
+        nearer, further = sorted(pages, key=len)
+        if nearer == further != () or further[: len(nearer)] != nearer:
+            assert agree.target(pages, patient=True) is not None, pages
+        if nearer:
+            assert agree.target(pages, patient=False) is not None, pages
+
+
+def test_one_rank_alone_in_a_loop() -> None:
+    """An evaluation by rank 0 alone, for which the others wait: the end of the item around it."""
+    alone: list[Position] = [((0, 4), (1, 2)), ((0, 4),), ((0, 4),)]
+    assert agree.target(alone, patient=True) is None
+    assert agree.target(alone, patient=False) == ((0, 5),)
+    assert agree.is_far(((0, 5),), alone)
+
+
+def test_a_rank_that_is_ahead() -> None:
+    """Others wait in the next epoch's first step for a rank that evaluates between two loops: they
+    all come to that step, so nobody waits for the end of that epoch."""
+    ahead: list[Position] = [((0, 4),), ((0, 5), (0, 0)), ((0, 5), (0, 0))]
+    assert agree.target(ahead, patient=True) == ((0, 5), (0, 1))
+
+
+def test_the_order_of_ranks_does_not_matter() -> None:
+    """Whoever is the furthest."""
+    pages: list[Position] = [((0, 1), (0, 7)), ((0, 1), (0, 9)), ((0, 1), (2, 0))]
+    for one in permutations(pages):
+        assert agree.target(one, patient=True) == ((0, 1), (2, 1))

@@ -33,6 +33,7 @@ INTERRUPTED = {"INTERRUPT": "mid-epoch:WAIT"}
 HOW = ["several-nodes.sbatch", "srun python"]
 RANKS = {"several-nodes.sbatch": 2, "srun python": 3}
 ASKED = {"several-nodes.sbatch": (), "srun python": ("--nodes=2", "--ntasks=3")}
+STRUCK = 9  # how many steps are done, at least, when `ranks.py` comes to "1.3"
 #: What the scripts in slurm/ ask for that is not on this machine -> what is.
 HERE = {
     "--partition=preemptible": "--partition=low",
@@ -317,23 +318,25 @@ def test_behind_srun(
 
 
 @pytest.fixture(scope="session")
-def several(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[str]]:
+def several(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[bytes]]:
     """What the plain script comes to, over so many ranks."""
 
     @functools.cache
-    def plain(ranks: int) -> list[str]:
+    def plain(ranks: int) -> list[bytes]:
         path = tmp_path_factory.mktemp(f"plain{ranks}")
         torchrun = (*TORCHRUN.split(), "--standalone", f"--nproc-per-node={ranks}")
-        Workshop(path).plain(*torchrun, str(SCRIPTS / "ranks.py"))
+        (path / "out").mkdir()
+        Workshop(path).plain(*torchrun, str(SCRIPTS / "ranks.py"), "out")
         return results(path, ranks)
 
     return plain
 
 
-def results(path: Path, ranks: int) -> list[str]:
-    """Every loss, and what the weights and the optimizer's state came to, of each rank."""
-    names = [f"{name}-{rank}.txt" for name in ("losses", "final") for rank in range(ranks)]
-    return [(path / name).read_text() for name in names]
+def results(path: Path, ranks: int) -> list[bytes]:
+    """Every loss, the weights, the optimizer's state and the generators, of each rank."""
+    files = ("metrics-{}.csv", "result-{}.safetensors")
+    names = [name.format(rank) for name in files for rank in range(ranks)]
+    return [(path / "out" / name).read_bytes() for name in names]
 
 
 def in_slurm(name: str) -> str:
@@ -346,6 +349,7 @@ def in_slurm(name: str) -> str:
 
 def over_two_nodes(cluster: Cluster, workshop: Workshop, how: str) -> Batch:
     """A job whose training has several ranks, on two nodes."""
+    (workshop.path / "out").mkdir()
     if how == "srun python":
         inner = workshop.path / "rank.sh"
         inner.write_text(
@@ -353,7 +357,7 @@ def over_two_nodes(cluster: Cluster, workshop: Workshop, how: str) -> Batch:
             f'export MASTER_ADDR=127.0.0.1 MASTER_PORT={free_port()}\nexec "$@"\n'
         )
         inner.chmod(0o755)
-        step = f"srun --kill-on-bad-exit=1 ./rank.sh {sys.executable} {SCRIPTS}/ranks.py"
+        step = f"srun --kill-on-bad-exit=1 ./rank.sh {sys.executable} {SCRIPTS}/ranks.py out"
         body = f"exec {LAUNCH} --dir {workshop.path}/runs -- {step}\n"
         return Batch(cluster, workshop, body=body)
     body = in_slurm(how)
@@ -362,14 +366,14 @@ def over_two_nodes(cluster: Cluster, workshop: Workshop, how: str) -> Batch:
         ("=1 torchrun ", f"=1 {TORCHRUN} "),
         ("--nproc-per-node=8 ", "--nproc-per-node=1 "),
         ('"$SLURMD_NODENAME:$((20000 + SLURM_JOB_ID % 10000))"', f"localhost:{free_port()}"),
-        (" train.py'", f" --local-addr=127.0.0.1 {SCRIPTS}/ranks.py'"),
+        (" train.py'", f" --local-addr=127.0.0.1 {SCRIPTS}/ranks.py out'"),
     ):
         assert there in body
         body = body.replace(there, here)
     return Batch(cluster, workshop, body=body)
 
 
-def check_several(cluster: Cluster, batch: Batch, job: str, reference: list[str]) -> None:
+def check_several(cluster: Cluster, batch: Batch, job: str, reference: list[bytes]) -> None:
     """The job completed, bit for bit as the plain script on every rank, and left no process."""
     cluster.wait_for(job, JobState="COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|PREEMPTED")
     assert cluster.show(job)["JobState"] == "COMPLETED", batch.told()
@@ -389,19 +393,19 @@ def test_the_scripts(cluster: Cluster, tmp_path: Path, name: str) -> None:
 
 @ONE_TRACKER
 def test_ranks_on_two_nodes(
-    cluster: Cluster, workshop: Workshop, several: Callable[[int], list[str]]
+    cluster: Cluster, workshop: Workshop, several: Callable[[int], list[bytes]]
 ) -> None:
     """slurm/several-nodes.sbatch: a rank dies, and the step is started again; all ranks are
     saved at a warning, put back into the queue, continued, and come to the plain script's bits."""
     batch = over_two_nodes(cluster, workshop, "several-nodes.sbatch")
-    job = batch.submit(FAULTS="1,5,kill 0,12,wait")
-    batch.wait_until((batch.path / "fault-12").exists, "the twelfth step")
+    job = batch.submit(STRIKES="0.4@1:KILL, 1.3@0:WAIT")
+    batch.wait_until((batch.path / "out/struck-1").exists, "the second epoch's fourth step")
     cluster.do("scancel", "--batch", "--signal=USR1", job)
     cluster.start_requeued(job)
     check_several(cluster, batch, job, several(2))
     starts = [e["step"] for e in workshop.journal(f"slurm-{job}") if e["event"] == "started"]
     assert len(starts) == 3
-    assert int(str(starts[2])) >= 12, "what was done when the warning came was saved"
+    assert int(str(starts[2])) >= STRUCK, "what was done when the warning came was saved"
 
 
 @pytest.mark.nightly
@@ -410,16 +414,16 @@ def test_ranks_on_two_nodes(
 def test_ranks_on_two_nodes_are_interrupted(
     cluster: Cluster,
     workshop: Workshop,
-    several: Callable[[int], list[str]],
+    several: Callable[[int], list[bytes]],
     how: str,
     interrupted: str,
 ) -> None:
     """By whatever signals Slurm sends to the batch process, the steps, or both."""
     batch = over_two_nodes(cluster, workshop, how)
     dies = interrupted == "a rank dies"
-    faults = "1,12,kill" if dies else "1,12,wait"
-    job = batch.submit("--exclusive", *ASKED[how], FAULTS=f"0,3,flush {faults}")
-    batch.wait_until((batch.path / "fault-12").exists, "the twelfth step")
+    strikes = f"0.2@0:USR2, 1.3@1:{'KILL' if dies else 'WAIT'}"
+    job = batch.submit("--exclusive", *ASKED[how], STRIKES=strikes)
+    batch.wait_until((batch.path / "out/struck-1").exists, "the second epoch's fourth step")
     if interrupted == "preempted":
         cluster.wait_for(preempt(cluster, cluster.nodes[1]), JobState="COMPLETED")
     elif interrupted == "requeued":
@@ -438,12 +442,12 @@ def test_ranks_on_two_nodes_are_interrupted(
     restored = [e["step"] for e in workshop.journal(f"slurm-{job}") if e["event"] == "restored"]
     assert len(restored) == 1
     if not dies:
-        assert int(str(restored[0])) >= 12, "what was done then was saved"
+        assert int(str(restored[0])) >= STRUCK, "what was done then was saved"
 
 
 @ONE_TRACKER
 def test_a_step_has_a_process_that_is_no_rank(
-    cluster: Cluster, workshop: Workshop, several: Callable[[int], list[str]]
+    cluster: Cluster, workshop: Workshop, several: Callable[[int], list[bytes]]
 ) -> None:
     """A rank dies, and srun would wait for ever: it is told to end, and ends all of its step.
 
@@ -455,7 +459,7 @@ def test_a_step_has_a_process_that_is_no_rank(
     inner.write_text(inner.read_text().replace("export RANK", f"{beside}export RANK", 1))
     inner.write_text(inner.read_text().replace("$SLURM_NTASKS", "2", 1))
     batch.script.write_text(batch.script.read_text().replace(" --kill-on-bad-exit=1", ""))
-    job = batch.submit(*ASKED["srun python"], FAULTS="1,5,kill")
+    job = batch.submit(*ASKED["srun python"], STRIKES="0.4@1:KILL")
     check_several(cluster, batch, job, several(2))
 
 
