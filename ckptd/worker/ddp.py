@@ -9,7 +9,8 @@ It also remembers whether its last forward pass was one that gradients were redu
 not (accumulation, `no_sync`, an evaluation), the next one leaves every rank its own buffers.
 
 With `find_unused_parameters` it further remembers which parameters were used since gradients were
-reduced the last time: those that were not keep what they have. They are told by their gradients.
+reduced the last time: those that were not keep what they have. They are told by their gradients,
+which differ among ranks until they are reduced.
 
 There is no way to set any of that. But it can be shown again: a backward pass that reaches every
 parameter in the order of the record, with gradients of zero, leaves the reducer as the first
@@ -29,10 +30,12 @@ from functools import partial
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ckptd.worker import tree
 from ckptd.worker.tree import Json
 
 _REBUILT: Final = "rebuilt_per_bucket_param_indices"
@@ -86,7 +89,7 @@ class Replicas:
                 "ready": "" if fixed else _logged(one).get(_READY, ""),
                 "static": bool(one.static_graph),
                 "buffers": bool(one.require_forward_param_sync),
-                "used": _used(one) if fixed and not one.require_forward_param_sync else [],
+                "grads": _grads(one) if fixed and not one.require_forward_param_sync else [],
             }
         return found
 
@@ -106,8 +109,8 @@ class Replicas:
             if one is None:
                 continue
             one.require_forward_param_sync = record["buffers"]
-            if record["used"]:
-                _show(one, record["used"], reduce=False)
+            if record["grads"]:
+                _show(one, _unreduced(one, record["grads"]), reduce=False)
             if not order:
                 continue
             if record["static"]:
@@ -155,10 +158,27 @@ class _Link(torch.autograd.Function):
         return grad, ctx.zero(), None
 
 
-def _used(one: DistributedDataParallel) -> list[int]:
-    """The parameters that have gradients to be reduced still."""
+def _grads(one: DistributedDataParallel) -> list[int]:
+    """A checksum of each parameter's gradient; 0: it has none, or one of zeros."""
     parameters, _ = one._build_params_for_reducer()  # type: ignore[no-untyped-call]  # noqa: SLF001
-    return [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
+    sums = [_checksum(parameter) for parameter in parameters]
+    return [int(one) for one in torch.stack(sums).tolist()]
+
+
+def _checksum(parameter: torch.Tensor) -> torch.Tensor:
+    if parameter.grad is None:
+        return torch.zeros((), dtype=torch.int64, device=parameter.device)
+    bits = tree.as_bits(parameter.grad.to_dense()).reshape(-1).long()
+    return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
+
+
+def _unreduced(one: DistributedDataParallel, sums: list[int]) -> list[int]:
+    """The parameters whose gradients are not what they are on other ranks; asked by all ranks."""
+    least = torch.tensor(sums, device=next(one.module.parameters()).device)
+    most = least.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=one.process_group)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=one.process_group)
+    return [index for index, here in enumerate(sums) if here and bool(least[index] != most[index])]
 
 
 def _show(one: DistributedDataParallel, order: list[int], *, reduce: bool) -> None:

@@ -160,15 +160,18 @@ def test_died(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    "variant", ["", "two", "views", "branching", "late", "local buffers", "compressed"]
+    "variant",
+    ["", "two", "views", "branching", "branching kept", "late", "local buffers", "compressed"],
 )
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_kinds_of_models(workshop: Workshop, plain: Plain, variant: str, ranks: int) -> None:
     """Whatever there is to DistributedDataParallel: it continues bit for bit."""
-    strikes = "0.1@1:TERM, 0.4@2:TERM, 1.2@0:TERM, 1.3@1:KILL"
+    strikes = "0.1@1:TERM, 0.4@2:TERM, 0.done@0:TERM, 1.2@0:TERM, 1.3@1:KILL"
     codes, said = interrupted(workshop, forked(ranks), strikes, VARIANT=variant)
     assert codes[-1] == 0, said
     assert "may differ" not in said
+    causes = [one["cause"] for one in workshop.journal() if one["event"] == "exited" if one["code"]]
+    assert causes == [f"rank 1 of {ranks} ended first"]
     is_that_of(workshop, plain(variant, ranks=ranks), said)
 
 

@@ -161,7 +161,7 @@ def models(variant):
         options["gradient_as_bucket_view"] = True
     if variant == "static":
         options["static_graph"] = True
-    if variant == "branching":
+    if variant.startswith("branching"):
         return [DistributedDataParallel(Branching(), find_unused_parameters=True, **options)]
     if variant == "local buffers":
         options["broadcast_buffers"] = False
@@ -209,6 +209,8 @@ def main(out):
         model.train()
         for number, (x, y) in job.enumerate(loader):
             synced = number % ACCUMULATED == ACCUMULATED - 1
+            if number % ACCUMULATED == 0:
+                optimizer.zero_grad()
             total = 0.0
             for one in wrapped:
                 with nullcontext() if synced or variant == "static" else one.no_sync():
@@ -217,7 +219,8 @@ def main(out):
                 total += loss.item()
             if synced:
                 optimizer.step()
-                optimizer.zero_grad()
+                if variant != "branching kept":
+                    optimizer.zero_grad()
             losses.append(total)
             metrics.write(f"{epoch},{total.hex()}\n")
             strikes.at(f"{epoch}.{number}")
@@ -229,11 +232,14 @@ def main(out):
             mine = val_loader if rank == 0 or variant != "alone" else None
             for x, y in job.loop(mine, on_resume="restart") if mine else ():
                 strikes.at(f"{epoch}.eval.{next(seen)}")
-                job.vars.total += sum(cross_entropy(one(x), y) for one in plain).item()
+                evaluated = wrapped if variant == "branching kept" else plain
+                job.vars.total += sum(cross_entropy(one(x), y) for one in evaluated).item()
         everywhere = torch.tensor(job.vars.total)
         dist.all_reduce(everywhere)
         job.vars.best = min(job.vars.best, job.vars.total, everywhere.item() / ranks)
         metrics.write(f"best,{job.vars.best.hex()}\n")
+        strikes.at(f"{epoch}.done")
+        dist.barrier()  # nobody is further: what is asked for here, is answered here
     strikes.at("over")
 
     metrics.close()
