@@ -29,6 +29,7 @@ _PACKAGES: Final = (
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _POLL_S: Final = 0.1
 _BOUND_S: Final = 240.0
+_ANSWERS_WITHIN_S: Final = 10.0  # who asks a machine that goes down may wait for ever
 _REBOOT: Final = 133  # systemd-nspawn's exit status
 
 
@@ -119,19 +120,23 @@ class Machine:
             threading.Event().wait(_POLL_S)
             waited += _POLL_S
             try:
-                text = self.run("cat /proc/sys/kernel/random/boot_id; systemctl is-system-running")
-            except (RuntimeError, psutil.Error):
+                text = self.run(
+                    "cat /proc/sys/kernel/random/boot_id; systemctl is-system-running",
+                    within_s=_ANSWERS_WITHIN_S,
+                )
+            except (RuntimeError, psutil.Error, subprocess.TimeoutExpired):
                 continue
             words = text.split()
             if len(words) == 2 and words[0] != before and words[1] in ("running", "degraded"):
                 return words[0]
         raise MachineError(f"it is not up: {self._console.read_text(errors='replace')[-2000:]}")
 
-    def run(self, command: str, user: str | None = None) -> str:
+    def run(self, command: str, user: str | None = None, within_s: float = _BOUND_S) -> str:
         """Run a shell command in it; its output.
 
         Raises:
             RuntimeError: it is off.
+            subprocess.TimeoutExpired: no answer came.
         """
         first = self._first_process()
         shell = ["sh", "-c", command]
@@ -146,7 +151,7 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=_BOUND_S,
+            timeout=within_s,
             check=False,
         )
         return done.stdout
