@@ -29,6 +29,8 @@ A worker's life on the wire:
                                  ◄───    Durable | NotDurable   (only for snapshots that were asked
                                  for)
                                  ◄───    Released                (each snapshot, sooner or later)
+                                 ◄───    Apart                   (several ranks, asked to leave:)
+                                         they are not at one place, and are asked again
     Short                        ───►    when there is no memory for the next one
     Bye                          ───►    the interpreter ends in good order
 
@@ -285,6 +287,12 @@ class NotDurable(msgspec.Struct, frozen=True, tag=True):
     why: str
 
 
+class Apart(msgspec.Struct, frozen=True, tag=True):
+    """Other ranks answered this request to leave elsewhere: go on, it is asked again."""
+
+    generation: int
+
+
 class Asked(msgspec.Struct, frozen=True, tag=True):
     """To another machine: the request word that is to stand in the page."""
 
@@ -342,7 +350,9 @@ ToSupervisor = (
     | Bye
     | Ask
 )
-ToWorker = Welcome | TurnedAway | Durable | NotDurable | Released | Asked | Agreed | Kill | Answer
+ToWorker = (
+    Welcome | TurnedAway | Durable | NotDurable | Apart | Released | Asked | Agreed | Kill | Answer
+)
 
 _encoder = msgspec.json.Encoder()
 _to_supervisor = msgspec.json.Decoder(ToSupervisor)

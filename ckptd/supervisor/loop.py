@@ -785,8 +785,8 @@ class Loop:
 
     def _gather(self, part: Part, attempt: _Attempt) -> None:
         """A rank's snapshot: a state, as soon as there is one of each rank."""
-        now_s, ranks, asked = self._clock.now_s(), attempt.ranks, part.snapshot.asked
-        differ = ranks.answered(part.rank, asked, part.snapshot.place, now_s) if asked else None
+        now_s, ranks = self._clock.now_s(), attempt.ranks
+        differ = ranks.answered(part, now_s)
         parts, dropped = ranks.gather(part)
         self._let_go(dropped, attempt.number)
         if differ is not None:
@@ -807,7 +807,8 @@ class Loop:
 
     def _stood(self, worker: Worker, ranks: Ranks, message: wire.Standing) -> None:
         """A rank says that an earlier snapshot stands; the state of which it is a part."""
-        numbers = ranks.stood(worker.rank, message.asked, message.generation)
+        now_s = self._clock.now_s()
+        numbers = ranks.stood(worker.rank, message.asked, message.generation, now_s)
         for generation, sent in self._sent.items():
             if sent == numbers:
                 self._tell(machine.Stood(generation, ranks.serial_of(message.asked)))

@@ -113,7 +113,7 @@ class _Request:
         target: upon which safe point they agreed; None: not yet.
         due_s: when to look where they are, or to ask again; infinite: they know where to answer.
         until_s: how long to wait for ranks on other machines to say where they are.
-        answers: where each has answered, by rank.
+        answers: the snapshot by which each has answered, by rank.
         standing: the earlier snapshot that stands for each that is in a restart loop, by rank.
     """
 
@@ -126,7 +126,7 @@ class _Request:
     tries: int = 0
     words: set[int] = field(default_factory=set)
     target: Position | None = None
-    answers: dict[int, str] = field(default_factory=dict)
+    answers: dict[int, wire.Snapshot] = field(default_factory=dict)
     standing: dict[int, int] = field(default_factory=dict)
 
 
@@ -324,29 +324,25 @@ class Ranks:
         if request is not None and request.frozen and request.word == message.word:
             request.due_s = min(request.due_s, now_s)  # it has waited for SEEN_S itself
 
-    def answered(self, rank: int, word: int, place: str, now_s: float) -> str | None:
+    def answered(self, part: Part, now_s: float) -> str | None:
         """A rank has answered; what to say if the ranks did so at different places."""
         request = self._request
-        if request is None or word not in request.words:
+        if request is None or part.snapshot.asked not in request.words:
             return None
-        request.answers.setdefault(rank, place)
-        if len(request.answers) < self.size:
+        request.answers.setdefault(part.rank, part.snapshot)
+        if not self._is_answered(request):
             return None
-        self._request = None
-        if len(set(request.answers.values())) == 1:
+        ranks = {snapshot.place: rank for rank, snapshot in request.answers.items()}
+        if len(ranks) == 1 and not request.standing:
             return None
-        again = _Request(request.serial, request.leave, tries=request.tries)
-        self._request = again
-        self._ask_later(again, now_s)
-        one, other = sorted(set(request.answers.values()))[:2]
-        ranks = {where: number for number, where in request.answers.items()}
+        self._ask_apart(request, now_s)
         return (
-            f"the ranks do not go through the same loops: rank {ranks[one]} was at {one}, rank "
-            f"{ranks[other]} at {other}. No checkpoint can be made there. A loop that not all "
-            "ranks go through must be a plain `for`, without job.loop"
+            f"the ranks do not go through the same loops: {_where(ranks)}. No checkpoint can be "
+            "made there. A loop that not all ranks go through must be a plain `for`, without "
+            "job.loop"
         )
 
-    def stood(self, rank: int, word: int, generation: int) -> dict[int, int] | None:
+    def stood(self, rank: int, word: int, generation: int, now_s: float) -> dict[int, int] | None:
         """A rank answered that an earlier snapshot stands; those of all ranks, once all did."""
         if self.size == 1:
             return {rank: generation}
@@ -354,10 +350,29 @@ class Ranks:
         if request is None or word not in request.words:
             return None
         request.standing.setdefault(rank, generation)
-        if len(request.standing) < self.size:
+        if not self._is_answered(request):
             return None
-        self._request = None
+        if request.answers:
+            self._ask_apart(request, now_s)
+            return None
         return request.standing
+
+    def _is_answered(self, request: _Request) -> bool:
+        """Whether all have; then the request is over."""
+        if len(request.answers.keys() | request.standing.keys()) < self.size:
+            return False
+        self._request = None
+        return True
+
+    def _ask_apart(self, request: _Request, now_s: float) -> None:
+        """They answered at different places: ask again; who would wait for a receipt goes on."""
+        numbers = {rank: snapshot.generation for rank, snapshot in request.answers.items()}
+        for rank, number in (numbers | request.standing).items():
+            peer = self._workers[rank].peer
+            if request.leave and peer is not None:
+                peer.send(wire.Apart(number))
+        self._request = _Request(request.serial, request.leave, tries=request.tries)
+        self._ask_later(self._request, now_s)
 
     def serial_of(self, word: int) -> int:
         """The serial of the request that a word is; 0: it is none."""
@@ -376,6 +391,15 @@ class Ranks:
         request.due_s = now_s + min(_ASK_AGAIN_S * 2**request.tries, _ASK_AGAIN_S_MAX)
         request.tries += 1
         request.frozen = False
+
+
+def _where(ranks: dict[str, int]) -> str:
+    """Two different places, for a person."""
+    (one, first), *others = sorted(ranks.items())
+    if not others:
+        return f"rank {first} was at {one}, others in a loop that begins anew"
+    other, second = others[0]
+    return f"rank {first} was at {one}, rank {second} at {other}"
 
 
 def _kind(*, leave: bool) -> wire.Request:

@@ -413,6 +413,8 @@ class LaunchedJob(Job):
     def _leave(self, generation: int) -> None:
         """Wait for the receipt and end. The state is in the supervisor's hands already."""
         receipt = self._link.receipt(generation)
+        if isinstance(receipt, wire.Apart):
+            return
         if receipt is None:
             if self._ranks > 1:
                 return  # the others may not be here: on, to where they and this one agree to save

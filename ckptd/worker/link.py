@@ -84,7 +84,7 @@ class Link:
         self._memory = mmap.mmap(page, wire.PAGE_BYTES)
         os.close(page)
         self.page = wire.StatusPage(memoryview(self._memory))
-        self._receipts: dict[int, wire.Durable | wire.NotDurable] = {}
+        self._receipts: dict[int, wire.Durable | wire.NotDurable | wire.Apart] = {}
         self._changed = threading.Condition()
         self._orphaned = self._finished = False
         self.durable = 0
@@ -105,7 +105,7 @@ class Link:
         """The process at the other end; not always our parent: a launcher may stand between."""
         return sockets.peer_pid(self._socket)
 
-    def receipt(self, generation: int) -> wire.Durable | wire.NotDurable | None:
+    def receipt(self, generation: int) -> wire.Durable | wire.NotDurable | wire.Apart | None:
         """Wait for what became of a snapshot; None: the supervisor died before it said."""
         with self._changed:
             self._changed.wait_for(lambda: generation in self._receipts or self._orphaned)
@@ -173,7 +173,7 @@ class Link:
             message = wire.decode_for_worker(packet)
             if isinstance(message, wire.Released):
                 self._arenas.released(message.generation)
-            elif isinstance(message, wire.Durable | wire.NotDurable):
+            elif isinstance(message, wire.Durable | wire.NotDurable | wire.Apart):
                 with self._changed:
                     self._receipts[message.generation] = message
                     if isinstance(message, wire.Durable):

@@ -283,6 +283,22 @@ def test_an_evaluation_by_one_rank_alone(workshop: Workshop, plain: Plain, momen
 
 
 @pytest.mark.nightly
+def test_loops_that_are_not_the_same(workshop: Workshop) -> None:
+    """Asked to stop in loops of their own, ranks go on to the one that they all have, and save."""
+    line = f"RANK=$r WORLD_SIZE=2 {sys.executable} {SCRIPTS / 'apart.py'} &"
+    argv = ("sh", "-c", f"for r in 0 1; do {line} done; wait")
+    first = workshop.launch(*argv, options=("--grace", "100"))
+    assert first.returncode == 75, first.stderr
+    assert "the ranks do not go through the same loops" in first.stderr
+    assert "no safe point was reached" not in first.stderr
+    again = workshop.launch(*argv)
+    assert again.returncode == 0, again.stderr
+    assert [f"rank {rank} did 230" in again.stdout for rank in range(2)] == [True, True]
+    (restored,) = steps(workshop, "restored")
+    assert 30 < int(str(restored)) < 230
+
+
+@pytest.mark.nightly
 def test_one_rank_s_file_is_damaged(workshop: Workshop, plain: Plain) -> None:
     """The checkpoint is set aside as a whole, and the one before it used by all ranks."""
     (workshop.path / "out").mkdir()

@@ -40,6 +40,13 @@ def part(rank: int, generation: int, place: str, asked: int = 0) -> Part:
     return Part(rank, message, wire.Table([], []), os.open(os.devnull, os.O_RDONLY))
 
 
+def answered(ranks: Ranks, rank: int, asked: int, place: str, now_s: float) -> str | None:
+    """A rank answers a request, by its third snapshot."""
+    one = part(rank, 3, place, asked)
+    os.close(one.descriptor)
+    return ranks.answered(one, now_s)
+
+
 def names(parts: list[Part] | None) -> list[tuple[int, int]] | None:
     """Whose, and the how-manieth."""
     if parts is None:
@@ -236,9 +243,9 @@ def test_who_is_there_already_is_waited_for(ranks: Ranks) -> None:
     looked(ranks)
     looked(ranks)
     assert agreed(ranks) == ((0, 2),)
-    assert ranks.answered(0, first, "there", LATER_S) is None
+    assert answered(ranks, 0, first, "there", LATER_S) is None
     for rank in (1, 2):
-        assert ranks.answered(rank, word(ranks), "there", LATER_S) is None
+        assert answered(ranks, rank, word(ranks), "there", LATER_S) is None
     assert ranks._request is None, "all have answered, in whichever words they were asked"
 
 
@@ -246,14 +253,14 @@ def test_its_first_answer_counts(ranks: Ranks) -> None:
     """A rank that had answered, and sees the request in new words, answers once more, elsewhere."""
     until_far(ranks)
     first = word(ranks)
-    assert ranks.answered(0, first, "there", LATER_S) is None
+    assert answered(ranks, 0, first, "there", LATER_S) is None
     all_stand(ranks, ((0, 2), (0, 0)), ((0, 1), (2, 5)), ((0, 1), (2, 5)))
     looked(ranks)
     looked(ranks)
     again = word(ranks)
-    assert ranks.answered(0, again, "further", LATER_S) is None
-    assert ranks.answered(1, again, "there", LATER_S) is None
-    assert ranks.answered(2, again, "there", LATER_S) is None
+    assert answered(ranks, 0, again, "further", LATER_S) is None
+    assert answered(ranks, 1, again, "there", LATER_S) is None
+    assert answered(ranks, 2, again, "there", LATER_S) is None
 
 
 def test_whoever_comes_late_asks_again(ranks: Ranks) -> None:
@@ -284,9 +291,9 @@ def test_at_different_places(ranks: Ranks) -> None:
     ranks.ask(1, 0.0, leave=False)
     looked(ranks)
     asked = word(ranks)
-    assert ranks.answered(0, asked, "a.py:1", LATER_S) is None
-    assert ranks.answered(1, asked, "a.py:1", LATER_S) is None
-    said = ranks.answered(2, asked, "b.py:2", LATER_S)
+    assert answered(ranks, 0, asked, "a.py:1", LATER_S) is None
+    assert answered(ranks, 1, asked, "a.py:1", LATER_S) is None
+    said = answered(ranks, 2, asked, "b.py:2", LATER_S)
     assert said is not None
     assert "rank 1 was at a.py:1, rank 2 at b.py:2" in said
     assert not math.isinf(ranks.due_s())
@@ -294,8 +301,41 @@ def test_at_different_places(ranks: Ranks) -> None:
     assert word(ranks) != asked
     looked(ranks)
     for rank in range(SIZE):
-        assert ranks.answered(rank, word(ranks), "a.py:1", 2 * LATER_S) is None
+        assert answered(ranks, rank, word(ranks), "a.py:1", 2 * LATER_S) is None
     assert math.isinf(ranks.due_s())
+
+
+def apart(ranks: Ranks) -> list[list[int]]:
+    """Which snapshots of each rank it is told not to wait for."""
+    sent: list[list[wire.ToWorker]] = [worker.peer.sent for worker in ranks]  # type: ignore[union-attr]
+    return [[one.generation for one in all_ if isinstance(one, wire.Apart)] for all_ in sent]
+
+
+def test_who_waits_to_leave_goes_on(ranks: Ranks) -> None:
+    """At different places nothing becomes durable: nobody waits for it until the grace is over."""
+    all_stand(ranks, *NEAR)
+    ranks.ask(1, 0.0, leave=True)
+    looked(ranks)
+    asked = word(ranks)
+    for rank, place in enumerate(["a.py:1", "a.py:1", "b.py:2"]):
+        assert apart(ranks) == [[]] * SIZE
+        answered(ranks, rank, asked, place, LATER_S)
+    assert apart(ranks) == [[3]] * SIZE
+    assert not math.isinf(ranks.due_s())
+
+
+def test_only_some_are_in_a_loop_that_begins_anew(ranks: Ranks) -> None:
+    """That is no common place either."""
+    all_stand(ranks, *NEAR)
+    ranks.ask(1, 0.0, leave=True)
+    looked(ranks)
+    asked = word(ranks)
+    assert answered(ranks, 0, asked, "a.py:1", LATER_S) is None
+    assert ranks.stood(1, asked, 2, LATER_S) is None
+    said = answered(ranks, 2, asked, "a.py:1", LATER_S)
+    assert said is not None
+    assert "was at a.py:1, others in a loop that begins anew" in said
+    assert apart(ranks) == [[3], [2], [3]]
 
 
 def test_standing(ranks: Ranks) -> None:
@@ -304,10 +344,10 @@ def test_standing(ranks: Ranks) -> None:
     ranks.ask(1, 0.0, leave=True)
     looked(ranks)
     asked = word(ranks)
-    assert ranks.stood(2, asked, 5) is None
-    assert ranks.stood(0, asked, 4) is None
-    assert ranks.stood(0, 999, 9) is None, "of no request"
-    assert ranks.stood(1, asked, 6) == {0: 4, 1: 6, 2: 5}
+    assert ranks.stood(2, asked, 5, LATER_S) is None
+    assert ranks.stood(0, asked, 4, LATER_S) is None
+    assert ranks.stood(0, 999, 9, LATER_S) is None, "of no request"
+    assert ranks.stood(1, asked, 6, LATER_S) == {0: 4, 1: 6, 2: 5}
 
 
 def test_a_newer_request(ranks: Ranks) -> None:
@@ -319,9 +359,9 @@ def test_a_newer_request(ranks: Ranks) -> None:
     ranks.ask(2, LATER_S, leave=True)
     assert agreed(ranks) is None
     looked(ranks)
-    assert ranks.answered(0, old, "a", LATER_S) is None
+    assert answered(ranks, 0, old, "a", LATER_S) is None
     for rank in range(SIZE):
-        assert ranks.answered(rank, word(ranks), "b", LATER_S) is None
+        assert answered(ranks, rank, word(ranks), "b", LATER_S) is None
     assert (ranks.serial_of(old), ranks.serial_of(word(ranks))) == (1, 2)
 
 
