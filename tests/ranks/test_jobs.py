@@ -166,7 +166,7 @@ def test_died(
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_kinds_of_models(workshop: Workshop, plain: Plain, variant: str, ranks: int) -> None:
     """Whatever there is to DistributedDataParallel: it continues bit for bit."""
-    strikes = "0.1@1:TERM, 0.4@2:TERM, 0.done@0:TERM, 1.2@0:TERM, 1.3@1:KILL"
+    strikes = "0.1@1:TERM, 0.4@2:TERM, 0.done@0:TERM, 1.2@0:TERM, 1.5@1:KILL"
     codes, said = interrupted(workshop, forked(ranks), strikes, VARIANT=variant)
     assert codes[-1] == 0, said
     assert "may differ" not in said
@@ -335,10 +335,11 @@ def test_ranks_that_start_apart(workshop: Workshop, plain: Plain) -> None:
     variables = "WORLD_SIZE=3 MASTER_ADDR=127.0.0.1 MASTER_PORT=29531"
     line = f"RANK=$r {variables} {sys.executable} {SCRIPT} out &"
     argv = ("sh", "-c", f"for r in 2 0 1; do {line} done; wait")
-    launched = Launched(workshop, *argv)
+    strikes = "0.1@0:WAIT, 1.2@0:KILL, 2.1@1:KILL"
+    launched = Launched(workshop, *argv, STRIKES=strikes)
     launched.wait_for("attached")
     code = launched.signal(signal.SIGTERM).ends()
     assert code in (75, 0, 143), launched.told()
-    codes, said = interrupted(workshop, argv, "1.2@0:KILL, 2.1@1:KILL")
+    codes, said = interrupted(workshop, argv, strikes)
     assert codes[-1] == 0, said
     is_that_of(workshop, plain(), said)
