@@ -294,6 +294,9 @@ class Ranks:
         request = self._request
         if request is None or now_s < request.due_s:
             return
+        if not request.frozen and (request.answers or request.standing):
+            request.due_s = math.inf  # the others come there too: who has answered is left alone
+            return
         if not request.frozen or now_s > request.due_s + _LATE_S:
             self._freeze(request, now_s)
             return

@@ -249,15 +249,26 @@ def test_who_is_there_already_is_waited_for(ranks: Ranks) -> None:
     assert ranks._request is None, "all have answered, in whichever words they were asked"
 
 
+def test_who_has_answered_is_left_alone(ranks: Ranks) -> None:
+    """It trains on, and is not asked for one snapshot after another while the others come."""
+    until_far(ranks)
+    asked = word(ranks)
+    assert answered(ranks, 0, asked, "there", LATER_S) is None
+    looked(ranks)
+    assert word(ranks) == asked
+    assert math.isinf(ranks.due_s())
+
+
 def test_its_first_answer_counts(ranks: Ranks) -> None:
     """A rank that had answered, and sees the request in new words, answers once more, elsewhere."""
     until_far(ranks)
     first = word(ranks)
-    assert answered(ranks, 0, first, "there", LATER_S) is None
     all_stand(ranks, ((0, 2), (0, 0)), ((0, 1), (2, 5)), ((0, 1), (2, 5)))
     looked(ranks)
+    assert answered(ranks, 0, first, "there", LATER_S) is None
     looked(ranks)
     again = word(ranks)
+    assert again != first
     assert answered(ranks, 0, again, "further", LATER_S) is None
     assert answered(ranks, 1, again, "there", LATER_S) is None
     assert answered(ranks, 2, again, "there", LATER_S) is None
