@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import BOUND_S
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.nightly]
 
 
 def test_every_row_has_figures(tmp_path: Path) -> None:

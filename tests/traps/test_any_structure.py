@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 SCRIPT = str(HERE / "anything.py")
 ASKED = int(os.environ.get("CKPTD_EXAMPLES", "0"))
 #: Several tests' worth, so that several processors share them.
-SEEDS = (1, 2, 3, 4)
+SEEDS = (1, 2, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (3, 4)))
 LAUNCHED, FORKED = 2, 40
 
 # ------------------------------------------------------------------ programs

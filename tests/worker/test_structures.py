@@ -15,10 +15,15 @@ STRUCTURES = (
 )
 #: After how many ticks of each process in turn it is interrupted; then it is left to finish.
 STRIKES = ((3, 4, 2, 5), (2, 3, 1, 6))
+#: All, in the ordinary run every other one.
+CASES = [
+    pytest.param(structure, strikes, marks=[pytest.mark.nightly] if (i + j) % 2 else [])
+    for i, structure in enumerate(STRUCTURES)
+    for j, strikes in enumerate(STRIKES)
+]
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("strikes", STRIKES)
+@pytest.mark.parametrize(("structure", "strikes"), CASES)
 def test_structure(workshop: Workshop, structure: str, strikes: tuple[int, ...]) -> None:
     """What the interrupted runs wrote, line by line, is what the plain run writes."""
     script, out = str(SCRIPTS / "structures.py"), workshop.path / "out"
