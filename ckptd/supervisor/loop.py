@@ -130,6 +130,7 @@ class Loop:
         self._cloud = cloud
         self._polled_s = -math.inf
         self._advised = False  # to save, and nobody could be asked yet
+        self._notices: list[int] = []  # signals that workers passed on, not told of yet
         self._noted: SupervisorFile | None = None
         self._fence_looked_s = clock.now_s()
         self._disk = RealDisk()
@@ -888,11 +889,16 @@ class Loop:
 
     def _noticed(self, number: int, ranks: Ranks) -> None:
         """A worker was signalled: by the host, or by its launcher because another rank has died."""
+        self._notices.append(number)
+        if len(self._notices) > 1:
+            return  # heard of while the others are heard out, below
         attempt = self._attempt
         if attempt is not None and ranks.size > 1:
             self._hear_worker_out(attempt)  # of two that came at once, an end is the reason
-        if ranks.lost is None:
-            self._signalled(number)
+        notices, self._notices = self._notices, []
+        for one in notices:
+            if ranks.lost is None:
+                self._signalled(one)
 
     def _refused(self, error: str, text: str) -> None:
         attempt = self._attempt
