@@ -791,8 +791,7 @@ class Loop:
         parts, dropped = ranks.gather(part)
         self._let_go(dropped, attempt.number)
         if differ is not None:
-            self._scribe.event("told", text=differ)
-            self._terminal.say_once(differ)
+            self._tell_apart(differ)
         if parts is None:
             return
         self._generation += 1
@@ -809,10 +808,17 @@ class Loop:
     def _stood(self, worker: Worker, ranks: Ranks, message: wire.Standing) -> None:
         """A rank says that an earlier snapshot stands; the state of which it is a part."""
         now_s = self._clock.now_s()
-        numbers = ranks.stood(worker.rank, message.asked, message.generation, now_s)
+        rank, states = worker.rank, self._sent.values()
+        numbers = ranks.stood(rank, message.asked, message.generation, now_s, states=states)
+        if isinstance(numbers, str):
+            self._tell_apart(numbers)
         for generation, sent in self._sent.items():
             if sent == numbers:
                 self._tell(machine.Stood(generation, ranks.serial_of(message.asked)))
+
+    def _tell_apart(self, text: str) -> None:
+        self._scribe.event("told", text=text)
+        self._terminal.say_once(text)
 
     def _detached(self, worker: Worker, attempt: _Attempt) -> None:
         """A worker's connection ended: of several ranks the others can't go on without it."""
