@@ -270,7 +270,10 @@ class Ranks:
             return [together[rank] for rank in range(self.size)], dropped
         waiting = [parts for parts in self._pending.values() if part.rank in parts]
         if len(waiting) > _PENDING_MAX:
-            dropped.append(waiting[0].pop(part.rank))
+            # An answer, for which the others may just not be there yet, rather stays.
+            before = [parts for parts in waiting if parts is not together]
+            unasked = [parts for parts in before if not parts[part.rank].snapshot.asked]
+            dropped.append((unasked or before)[0].pop(part.rank))
             self._pending = {where: parts for where, parts in self._pending.items() if parts}
         return None, dropped
 

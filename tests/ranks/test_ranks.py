@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_positions import Peer, is_at
@@ -56,7 +57,7 @@ def names(parts: list[Part] | None) -> list[tuple[int, int]] | None:
     return [(one.rank, one.snapshot.generation) for one in parts]
 
 
-def gathered(ranks: Ranks, *sent: tuple[int, int, str]) -> list[tuple[object, object]]:
+def gathered(ranks: Ranks, *sent: tuple[Any, ...]) -> list[tuple[object, object]]:
     """What comes of snapshots that come in this order."""
     found = []
     for one in sent:
@@ -125,6 +126,19 @@ def test_no_more_than_two_wait(ranks: Ranks) -> None:
     """A rank that is alone with what it sends, holds two memories in the end and not all."""
     found = gathered(ranks, *[(0, number, f"place {number}") for number in range(1, 6)])
     assert found == [(None, []), (None, []), (None, [(0, 1)]), (None, [(0, 2)]), (None, [(0, 3)])]
+
+
+def test_an_answer_waits_longest(ranks: Ranks) -> None:
+    """A rank has answered and trains on, past the beginnings of two evaluations: the others come to
+    where it has answered only then."""
+    all_stand(ranks, *NEAR)
+    ranks.ask(1, 0.0, leave=False)
+    looked(ranks)
+    sent = [(0, 1, "asked", word(ranks)), (0, 2, "one"), (0, 3, "other")]
+    sent += [(rank, 1, "asked", word(ranks)) for rank in (1, 2)]
+    found = gathered(ranks, *sent)
+    assert found[2] == (None, [(0, 2)])
+    assert found[4] == ([(0, 1), (1, 1), (2, 1)], [])
 
 
 def open_now() -> list[Path]:
