@@ -215,7 +215,8 @@ def _show(one: DistributedDataParallel, order: list[int], *, reduce: bool) -> No
             one.reducer.prepare_for_forward()
             one.reducer._rebuild_buckets()  # noqa: SLF001  # the script has made a pass, maybe
             one.reducer.prepare_for_backward([])
-        end.backward()  # type: ignore[no-untyped-call]
+        with _without_hooks(parameters):
+            end.backward()  # type: ignore[no-untyped-call]
         for parameter, grad in zip(parameters, kept, strict=True):
             parameter.grad = grad
 
@@ -245,6 +246,25 @@ def _reduced(
     finally:
         for parameter, required in before.items():
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def _without_hooks(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """What the script has attached to gradients is not for these; the reducer's own stay."""
+    hooks = [
+        kind
+        for parameter in parameters
+        for kind in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)  # noqa: SLF001
+        if kind
+    ]
+    kept = [dict(kind) for kind in hooks]
+    for kind in hooks:
+        kind.clear()  # not replaced: their handles know them
+    try:
+        yield
+    finally:
+        for kind, before in zip(hooks, kept, strict=True):
+            kind.update(before)
 
 
 def _zero(parameter: torch.Tensor, *, sparse: bool) -> torch.Tensor:

@@ -11,7 +11,10 @@ from conftest import BOUND_S, SCRIPTS, Workshop
 pytestmark = pytest.mark.real
 
 
-@pytest.mark.parametrize("case", ["learns_late", "in_turns", "one_trunk", "alone", "warmed_up"])
+CASES = ["learns_late", "in_turns", "one_trunk", "alone", "warmed_up", "hooked"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_brought_back(workshop: Workshop, case: str) -> None:
     """Bit for bit, in three ranks; see the script."""
     argv = [sys.executable, str(SCRIPTS / "replicas.py"), case]

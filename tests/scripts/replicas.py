@@ -147,6 +147,22 @@ def warmed_up(rank):
         same(old, new)
 
 
+def hooked(rank):
+    """The script has attached something to gradients: it sees none but its own."""
+    old, new = wrapped(), wrapped()
+    seen = []
+    for _ in range(3):
+        trained(old)
+    for one in (old, new):
+        for parameter in one.parameters():
+            parameter.register_hook(lambda grad: seen.append(1) or grad / grad.norm())
+            parameter.register_post_accumulate_grad_hook(lambda _: seen.append(2))
+    bring_back([old], [new])
+    assert seen == []
+    same(old, new)
+    assert len(seen) == 4 * len(list(old.parameters()))
+
+
 def be(rank, case):
     """In a fork: one rank; its exit code."""
     signal.alarm(BOUND_S)
