@@ -130,6 +130,7 @@ class Loop:
         self._cloud = cloud
         self._polled_s = -math.inf
         self._advised = False  # to save, and nobody could be asked yet
+        self._notices: list[int] = []  # signals that workers passed on, not told of yet
         self._noted: SupervisorFile | None = None
         self._fence_looked_s = clock.now_s()
         self._disk = RealDisk()
@@ -790,8 +791,7 @@ class Loop:
         parts, dropped = ranks.gather(part)
         self._let_go(dropped, attempt.number)
         if differ is not None:
-            self._scribe.event("told", text=differ)
-            self._terminal.say_once(differ)
+            self._tell_apart(differ)
         if parts is None:
             return
         self._generation += 1
@@ -808,10 +808,17 @@ class Loop:
     def _stood(self, worker: Worker, ranks: Ranks, message: wire.Standing) -> None:
         """A rank says that an earlier snapshot stands; the state of which it is a part."""
         now_s = self._clock.now_s()
-        numbers = ranks.stood(worker.rank, message.asked, message.generation, now_s)
+        rank, states = worker.rank, self._sent.values()
+        numbers = ranks.stood(rank, message.asked, message.generation, now_s, states=states)
+        if isinstance(numbers, str):
+            self._tell_apart(numbers)
         for generation, sent in self._sent.items():
             if sent == numbers:
                 self._tell(machine.Stood(generation, ranks.serial_of(message.asked)))
+
+    def _tell_apart(self, text: str) -> None:
+        self._scribe.event("told", text=text)
+        self._terminal.say_once(text)
 
     def _detached(self, worker: Worker, attempt: _Attempt) -> None:
         """A worker's connection ended: of several ranks the others can't go on without it."""
@@ -888,11 +895,16 @@ class Loop:
 
     def _noticed(self, number: int, ranks: Ranks) -> None:
         """A worker was signalled: by the host, or by its launcher because another rank has died."""
+        self._notices.append(number)
+        if len(self._notices) > 1:
+            return  # heard of while the others are heard out, below
         attempt = self._attempt
         if attempt is not None and ranks.size > 1:
             self._hear_worker_out(attempt)  # of two that came at once, an end is the reason
-        if ranks.lost is None:
-            self._signalled(number)
+        notices, self._notices = self._notices, []
+        for one in notices:
+            if ranks.lost is None:
+                self._signalled(one)
 
     def _refused(self, error: str, text: str) -> None:
         attempt = self._attempt

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -270,7 +270,10 @@ class Ranks:
             return [together[rank] for rank in range(self.size)], dropped
         waiting = [parts for parts in self._pending.values() if part.rank in parts]
         if len(waiting) > _PENDING_MAX:
-            dropped.append(waiting[0].pop(part.rank))
+            # An answer, for which the others may just not be there yet, rather stays.
+            before = [parts for parts in waiting if parts is not together]
+            unasked = [parts for parts in before if not parts[part.rank].snapshot.asked]
+            dropped.append((unasked or before)[0].pop(part.rank))
             self._pending = {where: parts for where, parts in self._pending.items() if parts}
         return None, dropped
 
@@ -335,18 +338,31 @@ class Ranks:
         request.answers.setdefault(part.rank, part.snapshot)
         if not self._is_answered(request):
             return None
-        ranks = {snapshot.place: rank for rank, snapshot in request.answers.items()}
-        if len(ranks) == 1 and not request.standing:
+        if len(_places(request)) == 1 and not request.standing:
             return None
-        self._ask_apart(request, now_s)
-        return (
-            f"the ranks do not go through the same loops: {_where(ranks)}. No checkpoint can be "
-            "made there. A loop that not all ranks go through must be a plain `for`, without "
-            "job.loop"
-        )
+        return self._ask_apart(request, now_s)
 
-    def stood(self, rank: int, word: int, generation: int, now_s: float) -> dict[int, int] | None:
-        """A rank answered that an earlier snapshot stands; those of all ranks, once all did."""
+    def stood(
+        self,
+        rank: int,
+        word: int,
+        generation: int,
+        now_s: float,
+        *,
+        states: Container[dict[int, int]],
+    ) -> dict[int, int] | str | None:
+        """A rank answered that an earlier snapshot stands.
+
+        Args:
+            rank: which.
+            word: of the request.
+            generation: the snapshot's.
+            now_s: the time.
+            states: which snapshots make one, each by rank. Those of loops of their own do not.
+
+        Returns:
+            Those of all ranks, once all have answered so; or what to say if that is no state.
+        """
         if self.size == 1:
             return {rank: generation}
         request = self._request
@@ -355,9 +371,8 @@ class Ranks:
         request.standing.setdefault(rank, generation)
         if not self._is_answered(request):
             return None
-        if request.answers:
-            self._ask_apart(request, now_s)
-            return None
+        if request.answers or request.standing not in states:
+            return self._ask_apart(request, now_s)
         return request.standing
 
     def _is_answered(self, request: _Request) -> bool:
@@ -367,8 +382,12 @@ class Ranks:
         self._request = None
         return True
 
-    def _ask_apart(self, request: _Request, now_s: float) -> None:
-        """They answered at different places: ask again; who would wait for a receipt goes on."""
+    def _ask_apart(self, request: _Request, now_s: float) -> str:
+        """They answered at different places: ask again; who would wait for a receipt goes on.
+
+        Returns:
+            What to say.
+        """
         numbers = {rank: snapshot.generation for rank, snapshot in request.answers.items()}
         for rank, number in (numbers | request.standing).items():
             peer = self._workers[rank].peer
@@ -376,6 +395,11 @@ class Ranks:
                 peer.send(wire.Apart(number))
         self._request = _Request(request.serial, request.leave, tries=request.tries)
         self._ask_later(self._request, now_s)
+        return (
+            f"the ranks do not go through the same loops: {_where(_places(request))}. No "
+            "checkpoint can be made there. A loop that not all ranks go through must be a plain "
+            "`for`, without job.loop"
+        )
 
     def serial_of(self, word: int) -> int:
         """The serial of the request that a word is; 0: it is none."""
@@ -396,8 +420,15 @@ class Ranks:
         request.frozen = False
 
 
+def _places(request: _Request) -> dict[str, int]:
+    """Where they have answered, and a rank that was there."""
+    return {snapshot.place: rank for rank, snapshot in request.answers.items()}
+
+
 def _where(ranks: dict[str, int]) -> str:
     """Two different places, for a person."""
+    if not ranks:
+        return "each was in a loop that begins anew, and not all in the same one"
     (one, first), *others = sorted(ranks.items())
     if not others:
         return f"rank {first} was at {one}, others in a loop that begins anew"

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -40,6 +41,7 @@ from ckptd.worker.tree import Json
 
 _REBUILT: Final = "rebuilt_per_bucket_param_indices"
 _READY: Final = "prev_iteration_grad_ready_order_indices"
+_LOGGED_EVERY: Final = 100  # passes; torch's own default
 
 
 class Replicas:
@@ -109,7 +111,7 @@ class Replicas:
             if one is None:
                 continue
             one.require_forward_param_sync = record["buffers"]
-            if record["grads"]:
+            if one.find_unused_parameters:  # on all ranks, whatever each of them has recorded
                 _show(one, _unreduced(one, record["grads"]), reduce=False)
             if not order:
                 continue
@@ -130,15 +132,24 @@ class Replicas:
                 )
 
     def _by_key(self, names: dict[int, str]) -> dict[str, DistributedDataParallel]:
-        found = {_key(one, names): one for one in list(self._found)}
-        return {key: one for key, one in found.items() if key is not None}
+        newest = {_named(one, names): one for one in list(self._found)}
+        found: dict[str, DistributedDataParallel] = {}
+        # Several may begin with the same parameter: a trunk with one head, and with another one.
+        for named, one in sorted(newest.items(), key=lambda item: item[0]):
+            if named:
+                same = sum(key.partition(" ")[0] == named[0] for key in found)
+                found[f"{named[0]} #{same + 1}" if same else named[0]] = one
+        return found
 
     def _buckets(self, one: DistributedDataParallel) -> str:
         """Which parameters are in which bucket; empty: it has not laid them out again yet."""
         known = self._rebuilt.get(one)
         if known is None:
             assert one.logger is not None, "set when it is made"
-            one.logger.set_runtime_stats_and_log()  # else it tells what was before the last pass
+            # Else it tells what was before the last pass, and after ten passes nothing new at all.
+            one._set_ddp_runtime_logging_sample_rate(1)  # type: ignore[no-untyped-call]  # noqa: SLF001
+            one.logger.set_runtime_stats_and_log()
+            one._set_ddp_runtime_logging_sample_rate(_LOGGED_EVERY)  # type: ignore[no-untyped-call]  # noqa: SLF001
             known = _logged(one).get(_REBUILT, "")
             if known:
                 self._rebuilt[one] = known
@@ -160,8 +171,8 @@ class _Link(torch.autograd.Function):
 
 def _grads(one: DistributedDataParallel) -> list[int]:
     """A checksum of each parameter's gradient; 0: it has none, or one of zeros."""
-    parameters, _ = one._build_params_for_reducer()  # type: ignore[no-untyped-call]  # noqa: SLF001
-    sums = [_checksum(parameter) for parameter in parameters]
+    with _reduced(one) as (parameters, _):
+        sums = [_checksum(parameter) for parameter in parameters]
     return [int(one) for one in torch.stack(sums).tolist()]
 
 
@@ -173,8 +184,17 @@ def _checksum(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _unreduced(one: DistributedDataParallel, sums: list[int]) -> list[int]:
-    """The parameters whose gradients are not what they are on other ranks; asked by all ranks."""
-    least = torch.tensor(sums, device=next(one.module.parameters()).device)
+    """The parameters whose gradients are not what they are on other ranks; asked by all ranks.
+
+    A rank that has none recorded has just reduced all, and so have the others: they have only made
+    a pass by themselves since, in an evaluation.
+    """
+    device = next(one.module.parameters()).device
+    all_have = torch.tensor(int(bool(sums)), device=device)
+    dist.all_reduce(all_have, dist.ReduceOp.MIN, group=one.process_group)
+    if not all_have:
+        return []
+    least = torch.tensor(sums, device=device)
     most = least.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN, group=one.process_group)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=one.process_group)
@@ -183,22 +203,68 @@ def _unreduced(one: DistributedDataParallel, sums: list[int]) -> list[int]:
 
 def _show(one: DistributedDataParallel, order: list[int], *, reduce: bool) -> None:
     """A backward pass that reaches the parameters in this order."""
-    # The indices count in these.
-    parameters, sparse = one._build_params_for_reducer()  # type: ignore[no-untyped-call]  # noqa: SLF001
-    kept = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    with torch.enable_grad():
+    with _reduced(one) as (parameters, sparse), torch.enable_grad():
+        kept = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
         end = torch.zeros((), device=parameters[0].device, requires_grad=True)
         for index in reversed(order):
             zero = partial(_zero, parameters[index], sparse=sparse[index])
             end = _Link.apply(end, parameters[index], zero)  # type: ignore[no-untyped-call]
         if reduce:
             one.reducer.prepare_for_forward()
+            one.reducer._rebuild_buckets()  # noqa: SLF001  # the script has made a pass, maybe
             one.reducer.prepare_for_backward([])
-        end.backward()  # type: ignore[no-untyped-call]
-    for parameter, grad in zip(parameters, kept, strict=True):
-        parameter.grad = grad
+        with _without_hooks(parameters):
+            end.backward()  # type: ignore[no-untyped-call]
+        for parameter, grad in zip(parameters, kept, strict=True):
+            parameter.grad = grad
+
+
+@contextmanager
+def _reduced(
+    one: DistributedDataParallel,
+) -> Iterator[tuple[list[torch.nn.Parameter], list[bool]]]:
+    """The parameters that it reduces, and which of their gradients are sparse; indices count here.
+
+    They are those that required gradients when it was made. Where others do by now (of two networks
+    that learn in turns, one is frozen), they require them while the context lasts.
+    """
+    parameters, sparse = one._build_params_for_reducer()  # type: ignore[no-untyped-call]  # noqa: SLF001
+    told, size = _logged(one), sum(p.numel() * p.element_size() for p in parameters)
+    reduced = told["num_parameter_tensors"], told["total_parameter_size_bytes"]
+    if (len(parameters), size) == reduced:
+        yield parameters, sparse
+        return
+    buckets = one.reducer._get_zeros_like_grad_buckets()  # noqa: SLF001  # no other way tells them
+    known = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+    before = {parameter: parameter.requires_grad for parameter in one.module.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(id(parameter) in known)
+    try:
+        yield one._build_params_for_reducer()  # type: ignore[no-untyped-call]  # noqa: SLF001
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def _without_hooks(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """What the script has attached to gradients is not for these; the reducer's own stay."""
+    hooks = [
+        kind
+        for parameter in parameters
+        for kind in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)  # noqa: SLF001
+        if kind
+    ]
+    kept = [dict(kind) for kind in hooks]
+    for kind in hooks:
+        kind.clear()  # not replaced: their handles know them
+    try:
+        yield
+    finally:
+        for kind, before in zip(hooks, kept, strict=True):
+            kind.update(before)
 
 
 def _zero(parameter: torch.Tensor, *, sparse: bool) -> torch.Tensor:
@@ -206,11 +272,11 @@ def _zero(parameter: torch.Tensor, *, sparse: bool) -> torch.Tensor:
     return zero.to_sparse(1) if sparse else zero
 
 
-def _key(one: DistributedDataParallel, names: dict[int, str]) -> str | None:
-    return next((names[id(p)] for p in one.module.parameters() if id(p) in names), None)
+def _named(one: DistributedDataParallel, names: dict[int, str]) -> tuple[str, ...]:
+    return tuple(names[id(p)] for p in one.module.parameters() if id(p) in names)
 
 
-def _logged(one: DistributedDataParallel) -> dict[str, str]:
+def _logged(one: DistributedDataParallel) -> dict[str, Any]:
     # torch's documented way to know.
-    found: dict[str, str] = one._get_ddp_logging_data()  # type: ignore[no-untyped-call]  # noqa: SLF001
+    found: dict[str, Any] = one._get_ddp_logging_data()  # type: ignore[no-untyped-call]  # noqa: SLF001
     return found

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Literal, TypeVar
 
+import torch
+
 from ckptd import record, wire
 from ckptd.errors import (
     CannotCarryError,
@@ -649,6 +651,7 @@ class LaunchedJob(Job):
                     continue  # checked again, and then an error, at the resume point
                 one.restore(saved, naming)
 
+    @torch.inference_mode(mode=False)  # an evaluation may be, and what is made in it stays so
     def restore_everything(self) -> None:
         """At the resume point: check all that is tracked, then restore it, then the generators."""
         assert self._reader is not None, "called while resuming"

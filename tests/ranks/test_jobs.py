@@ -146,6 +146,14 @@ def test_stopped(workshop: Workshop, plain: Plain, moment: str, workers: int) ->
 
 
 @pytest.mark.nightly
+def test_stopped_in_inference_mode(workshop: Workshop, plain: Plain) -> None:
+    """What is made at the resume point there is not for inference alone."""
+    codes, said = interrupted(workshop, forked(), "1.eval.0@0:TERM", VARIANT="inference")
+    assert codes == [75, 0], said
+    is_that_of(workshop, plain("inference"), said)
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("what", ["KILL", "raise", "exit", "launcher"])
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("launcher", [forked, torchrun], ids=["forked", "torchrun"])

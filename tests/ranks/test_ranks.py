@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_positions import Peer, is_at
@@ -56,7 +57,7 @@ def names(parts: list[Part] | None) -> list[tuple[int, int]] | None:
     return [(one.rank, one.snapshot.generation) for one in parts]
 
 
-def gathered(ranks: Ranks, *sent: tuple[int, int, str]) -> list[tuple[object, object]]:
+def gathered(ranks: Ranks, *sent: tuple[Any, ...]) -> list[tuple[object, object]]:
     """What comes of snapshots that come in this order."""
     found = []
     for one in sent:
@@ -125,6 +126,19 @@ def test_no_more_than_two_wait(ranks: Ranks) -> None:
     """A rank that is alone with what it sends, holds two memories in the end and not all."""
     found = gathered(ranks, *[(0, number, f"place {number}") for number in range(1, 6)])
     assert found == [(None, []), (None, []), (None, [(0, 1)]), (None, [(0, 2)]), (None, [(0, 3)])]
+
+
+def test_an_answer_waits_longest(ranks: Ranks) -> None:
+    """A rank has answered and trains on, past the beginnings of two evaluations: the others come to
+    where it has answered only then."""
+    all_stand(ranks, *NEAR)
+    ranks.ask(1, 0.0, leave=False)
+    looked(ranks)
+    sent = [(0, 1, "asked", word(ranks)), (0, 2, "one"), (0, 3, "other")]
+    sent += [(rank, 1, "asked", word(ranks)) for rank in (1, 2)]
+    found = gathered(ranks, *sent)
+    assert found[2] == (None, [(0, 2)])
+    assert found[4] == ([(0, 1), (1, 1), (2, 1)], [])
 
 
 def open_now() -> list[Path]:
@@ -342,7 +356,7 @@ def test_only_some_are_in_a_loop_that_begins_anew(ranks: Ranks) -> None:
     looked(ranks)
     asked = word(ranks)
     assert answered(ranks, 0, asked, "a.py:1", LATER_S) is None
-    assert ranks.stood(1, asked, 2, LATER_S) is None
+    assert ranks.stood(1, asked, 2, LATER_S, states=[]) is None
     said = answered(ranks, 2, asked, "a.py:1", LATER_S)
     assert said is not None
     assert "was at a.py:1, others in a loop that begins anew" in said
@@ -355,10 +369,36 @@ def test_standing(ranks: Ranks) -> None:
     ranks.ask(1, 0.0, leave=True)
     looked(ranks)
     asked = word(ranks)
-    assert ranks.stood(2, asked, 5, LATER_S) is None
-    assert ranks.stood(0, asked, 4, LATER_S) is None
-    assert ranks.stood(0, 999, 9, LATER_S) is None, "of no request"
-    assert ranks.stood(1, asked, 6, LATER_S) == {0: 4, 1: 6, 2: 5}
+    sent = {0: 4, 1: 6, 2: 5}
+    assert ranks.stood(2, asked, 5, LATER_S, states=[sent]) is None
+    assert ranks.stood(0, asked, 4, LATER_S, states=[sent]) is None
+    assert ranks.stood(0, 999, 9, LATER_S, states=[sent]) is None, "of no request"
+    assert ranks.stood(1, asked, 6, LATER_S, states=[sent]) == sent
+
+
+def test_standing_in_loops_of_their_own(ranks: Ranks) -> None:
+    """What stands for each was not taken at one place: that is no answer, they are asked again."""
+    all_stand(ranks, *NEAR)
+    ranks.ask(1, 0.0, leave=True)
+    looked(ranks)
+    asked = word(ranks)
+    assert ranks.stood(0, asked, 4, LATER_S, states=[{0: 4, 1: 5, 2: 5}]) is None
+    assert ranks.stood(1, asked, 6, LATER_S, states=[{0: 4, 1: 5, 2: 5}]) is None
+    said = ranks.stood(2, asked, 5, LATER_S, states=[{0: 4, 1: 5, 2: 5}])
+    assert "each was in a loop that begins anew, and not all in the same one" in str(said)
+    assert apart(ranks) == [[4], [6], [5]]
+    assert not math.isinf(ranks.due_s())
+
+
+def test_the_last_one_stands(ranks: Ranks) -> None:
+    """It is said, whoever answers last."""
+    all_stand(ranks, *NEAR)
+    ranks.ask(1, 0.0, leave=True)
+    looked(ranks)
+    for rank in (0, 1):
+        assert answered(ranks, rank, word(ranks), "a.py:1", LATER_S) is None
+    said = ranks.stood(2, word(ranks), 2, LATER_S, states=[])
+    assert "was at a.py:1, others in a loop that begins anew" in str(said)
 
 
 def test_a_newer_request(ranks: Ranks) -> None:

@@ -227,7 +227,7 @@ def main(out):
         strikes.at(f"{epoch}.end")
         model.eval()
         job.vars.total = 0.0
-        with torch.no_grad():
+        with torch.inference_mode() if variant == "inference" else torch.no_grad():
             seen = itertools.count()
             mine = val_loader if rank == 0 or variant != "alone" else None
             for x, y in job.loop(mine, on_resume="restart") if mine else ():

@@ -1,0 +1,195 @@
+"""What `worker/ddp.py` brings back: one model goes on, a second one is made to be as the first is.
+
+    python replicas.py CASE
+
+Three ranks, which are forks. Each case trains the first model, records what there is to its
+wrapper, restores that into the wrapper of the second one, and makes the same pass with both: each
+gradient has to be the same bit for bit. Ends with 0 if it is, in all ranks.
+"""
+
+import os
+import signal
+import socket
+import sys
+import traceback
+import weakref
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ckptd.worker.ddp import Replicas
+
+RANKS, WIDTH, BOUND_S = 3, 48, 60
+
+
+class Net(nn.Module):
+    """Used in another order than registered, so that buckets are laid out anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(WIDTH, 3)
+        layers = [[nn.Linear(WIDTH, WIDTH), nn.Tanh()] for _ in range(6)]
+        self.first = nn.Sequential(*[one for layer in layers for one in layer])
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+def wrapped(module=None, **options):
+    options.setdefault("bucket_cap_mb", 0.004)
+    return DistributedDataParallel(Net() if module is None else module, **options)
+
+
+def data():
+    return torch.randn(4, WIDTH)
+
+
+def trained(one, x=None):
+    one.zero_grad()
+    one(data() if x is None else x).square().mean().backward()
+    return [parameter.grad.clone() for parameter in one.module.parameters()]
+
+
+def bring_back(olds, news):
+    """Make the wrappers what the others are; each of both tracked as one model."""
+    for old, new in zip(olds, news, strict=True):
+        new.load_state_dict(old.state_dict())
+    saved = None
+    for wrappers in (olds, news):
+        replicas = Replicas()
+        replicas._found = weakref.WeakKeyDictionary(dict.fromkeys(wrappers))
+        model = nn.ModuleList([one.module for one in wrappers])
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        if saved is None:
+            saved = replicas.record(names, set(), print)
+        else:
+            replicas.restore(saved, names, no_news)
+
+
+def no_news(text):
+    raise AssertionError(text)
+
+
+def same(old, new):
+    x = data()
+    for one, other in zip(trained(old, x), trained(new, x), strict=True):
+        assert torch.equal(one, other)
+
+
+def learns_late(rank):
+    """Its output is looked at many times before it learns (a discriminator, at first)."""
+    old, new = wrapped(), wrapped()
+    for _ in range(12):
+        old(data())
+    for _ in range(3):
+        trained(old)
+    bring_back([old], [new])
+    same(old, new)
+
+
+def in_turns(rank):
+    """Between its passes it is frozen, in parts or as a whole: two networks learn in turns."""
+    for options in ({}, {"find_unused_parameters": True}):
+        for part in ("", "first"):
+            old, new = wrapped(**options), wrapped(**options)
+            for _ in range(3):
+                old.requires_grad_(True)
+                trained(old)
+                old.module.get_submodule(part).requires_grad_(False)
+            with torch.no_grad():
+                old(data())
+            new.module.get_submodule(part).requires_grad_(False)
+            before = [parameter.requires_grad for parameter in new.module.parameters()]
+            bring_back([old], [new])
+            assert before == [parameter.requires_grad for parameter in new.module.parameters()]
+            for one in (old, new):
+                one.requires_grad_(True)
+            same(old, new)
+
+
+def one_trunk(rank):
+    """Two wrappers begin with the same parameters, and have heads of their own."""
+    olds, news = ([], [])
+    for wrappers in (olds, news):
+        trunk = Net()
+        wrappers += [wrapped(nn.Sequential(trunk, nn.Linear(3, WIDTH))) for _ in range(2)]
+    for _ in range(3):
+        for old in olds:
+            trained(old)
+    bring_back(olds, news)
+    for old, new in zip(olds, news, strict=True):
+        same(old, new)
+
+
+def alone(rank):
+    """One rank has evaluated by itself through the wrapper; there are no buffers."""
+    old, new = (wrapped(find_unused_parameters=True) for _ in range(2))
+    for _ in range(3):
+        trained(old)
+    if rank == 0:
+        with torch.no_grad():
+            old(data())
+    bring_back([old], [new])
+    same(old, new)
+
+
+def warmed_up(rank):
+    """Whenever it is started, the script makes a pass before it comes to its first loop."""
+    for passes in (0, 3):
+        old, new = wrapped(), wrapped()
+        trained(old)
+        trained(new)
+        for _ in range(passes):
+            trained(old)
+        bring_back([old], [new])
+        same(old, new)
+
+
+def hooked(rank):
+    """The script has attached something to gradients: it sees none but its own."""
+    old, new = wrapped(), wrapped()
+    seen = []
+    for _ in range(3):
+        trained(old)
+    for one in (old, new):
+        for parameter in one.parameters():
+            parameter.register_hook(lambda grad: seen.append(1) or grad / grad.norm())
+            parameter.register_post_accumulate_grad_hook(lambda _: seen.append(2))
+    bring_back([old], [new])
+    assert seen == []
+    same(old, new)
+    assert len(seen) == 4 * len(list(old.parameters()))
+
+
+def be(rank, case):
+    """In a fork: one rank; its exit code."""
+    signal.alarm(BOUND_S)
+    os.environ["RANK"] = str(rank)
+    try:
+        dist.init_process_group("gloo")
+        torch.manual_seed(rank)
+        case(rank)
+    except BaseException:  # noqa: BLE001  # as the interpreter does
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def main(case):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(RANKS))
+    children = []
+    for rank in range(RANKS):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(be(rank, globals()[case]))
+        children.append(pid)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 for pid in children))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
