@@ -112,6 +112,7 @@ class Replicas:
                 continue
             one.require_forward_param_sync = record["buffers"]
             if one.find_unused_parameters:  # on all ranks, whatever each of them has recorded
+                one.reducer._reset_state()  # noqa: SLF001  # it may wait for a backward pass
                 _show(one, _unreduced(one, record["grads"]), reduce=False)
             if not order:
                 continue

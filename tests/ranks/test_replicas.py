@@ -11,7 +11,7 @@ from conftest import BOUND_S, SCRIPTS, Workshop
 pytestmark = pytest.mark.real
 
 
-CASES = ["learns_late", "in_turns", "one_trunk", "alone", "warmed_up", "hooked"]
+CASES = ["learns_late", "in_turns", "one_trunk", "alone", "warmed_up", "looked_at", "hooked"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -37,6 +37,15 @@ class Net(nn.Module):
         return self.last(self.first(x))
 
 
+class Half(Net):
+    """A part of it is used now and then."""
+
+    whole = True
+
+    def forward(self, x):
+        return super().forward(x) if self.whole else self.first(x)
+
+
 def wrapped(module=None, **options):
     options.setdefault("bucket_cap_mb", 0.004)
     return DistributedDataParallel(Net() if module is None else module, **options)
@@ -49,7 +58,7 @@ def data():
 def trained(one, x=None):
     one.zero_grad()
     one(data() if x is None else x).square().mean().backward()
-    return [parameter.grad.clone() for parameter in one.module.parameters()]
+    return [p.grad.clone() for p in one.module.parameters() if p.grad is not None]
 
 
 def bring_back(olds, news):
@@ -145,6 +154,27 @@ def warmed_up(rank):
             trained(old)
         bring_back([old], [new])
         same(old, new)
+
+
+def looked_at(rank):
+    """Whenever it is started, the script looks at an output of which there is no backward pass."""
+    olds = [wrapped(Half(), find_unused_parameters=True) for _ in range(2)]
+    for one in olds:
+        one(data())
+        one.module.whole = False
+    old, new = olds
+    trained(old)
+    with old.no_sync():
+        trained(old)
+    bring_back([old], [new])
+    for parameter, other in zip(old.parameters(), new.parameters(), strict=True):
+        other.grad = None if parameter.grad is None else parameter.grad.clone()
+    x = data()
+    for one in olds:
+        one(x).square().mean().backward()
+    for parameter, other in zip(old.parameters(), new.parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None)
+        assert parameter.grad is None or torch.equal(parameter.grad, other.grad)
 
 
 def hooked(rank):
