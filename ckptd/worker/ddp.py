@@ -52,9 +52,10 @@ class Replicas:
         self._found: weakref.WeakKeyDictionary[DistributedDataParallel, None] = (
             weakref.WeakKeyDictionary()
         )
-        for one in gc.get_objects():
-            if issubclass(type(one), DistributedDataParallel):
-                self._found[one] = None
+        for generation in reversed(range(len(gc.get_count()))):  # the oldest is the last one
+            for one in gc.get_objects(generation):
+                if issubclass(type(one), DistributedDataParallel):
+                    self._found[one] = None
         self._rebuilt: weakref.WeakKeyDictionary[DistributedDataParallel, str] = (
             weakref.WeakKeyDictionary()
         )

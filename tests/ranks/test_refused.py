@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -123,4 +124,15 @@ def test_the_newest_of_two_wrappers() -> None:
     new = DistributedDataParallel(model, static_graph=True)
     names = {id(model.weight): "again.weight"}
     (found,) = replicas.record(names, set(), print).values()
+    assert (found["static"], old.static_graph, new.static_graph) == (True, False, True)
+
+
+def test_the_newest_of_two_earlier_wrappers() -> None:
+    """The same when both are there already."""
+    model = nn.Linear(2, 2)
+    old = wrapped("earlier.weight", model)
+    gc.collect()
+    new = DistributedDataParallel(model, static_graph=True)
+    names = {id(model.weight): "earlier.weight"}
+    (found,) = ddp.Replicas().record(names, set(), print).values()
     assert (found["static"], old.static_graph, new.static_graph) == (True, False, True)
