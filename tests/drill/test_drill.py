@@ -58,7 +58,10 @@ def drill(
 
 
 #: Some are much like another one: these are for the night.
-ALIKE = ("untracked_ema", "scheduler_left_out", "loss_after_loop", "set_order", "restarted_count")
+ALIKE = (
+    *("untracked_ema", "scheduler_left_out", "loss_after_loop", "set_order", "restarted_count"),
+    "second_optimizer",
+)
 BROKEN = [
     pytest.param(path.stem, marks=[pytest.mark.nightly] if path.stem in ALIKE else [])
     for path in sorted(EXAMPLES.glob("broken/*.py"))

@@ -85,7 +85,9 @@ def processes(job: Launched) -> dict[int, psutil.Process]:
     return {rank: psutil.Process(pid) for rank, pid in pids.items()}
 
 
-@pytest.mark.parametrize(("ranks", "elsewhere"), [(2, "1"), (3, "0 2")])
+@pytest.mark.parametrize(
+    ("ranks", "elsewhere"), [pytest.param(2, "1", marks=pytest.mark.nightly), (3, "0 2")]
+)
 def test_a_stop_loses_nothing(
     workshop: Workshop,
     sockets: str,

@@ -303,7 +303,14 @@ def behind_srun(cluster: Cluster, workshop: Workshop) -> Batch:
 
 
 @ONE_TRACKER
-@pytest.mark.parametrize("how", ["USR1 to the batch process", "preempted", "scancel"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "USR1 to the batch process",
+        "preempted",
+        pytest.param("scancel", marks=pytest.mark.nightly),
+    ],
+)
 def test_behind_srun(
     cluster: Cluster, workshop: Workshop, reference: tuple[bytes, bytes], how: str
 ) -> None:
@@ -556,7 +563,7 @@ def test_no_progress(cluster: Cluster, workshop: Workshop) -> None:
 
 
 @ONE_TRACKER
-@pytest.mark.parametrize("partition", ["low", "graced"])
+@pytest.mark.parametrize("partition", ["low", pytest.param("graced", marks=pytest.mark.nightly)])
 def test_no_progress_and_preempted(
     cluster: Cluster, workshop: Workshop, partition: str, reference: tuple[bytes, bytes]
 ) -> None:
