@@ -52,10 +52,10 @@ class Replicas:
         self._found: weakref.WeakKeyDictionary[DistributedDataParallel, None] = (
             weakref.WeakKeyDictionary()
         )
-        for generation in reversed(range(len(gc.get_count()))):  # the oldest is the last one
-            for one in gc.get_objects(generation):
-                if issubclass(type(one), DistributedDataParallel):
-                    self._found[one] = None
+        # The young ones are asked for first: who grows old meanwhile is met twice, and not missed.
+        young_first = [_wrappers(generation) for generation in range(len(gc.get_count()))]
+        for wrappers in reversed(young_first):
+            self._found.update(dict.fromkeys(wrappers))
         self._rebuilt: weakref.WeakKeyDictionary[DistributedDataParallel, str] = (
             weakref.WeakKeyDictionary()
         )
@@ -156,6 +156,12 @@ class Replicas:
             if known:
                 self._rebuilt[one] = known
         return known
+
+
+def _wrappers(generation: int) -> list[DistributedDataParallel]:
+    """Those in one of the garbage collector's generations, as they were made."""
+    objects = gc.get_objects(generation)
+    return [one for one in objects if issubclass(type(one), DistributedDataParallel)]
 
 
 class _Link(torch.autograd.Function):

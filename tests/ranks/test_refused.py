@@ -136,3 +136,18 @@ def test_the_newest_of_two_earlier_wrappers() -> None:
     names = {id(model.weight): "earlier.weight"}
     (found,) = ddp.Replicas().record(names, set(), print).values()
     assert (found["static"], old.static_graph, new.static_graph) == (True, False, True)
+
+
+def test_none_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the garbage collector moves them on, while they are looked for."""
+    model = nn.Linear(2, 2)
+    one = wrapped("moved.weight", model)
+    listed = gc.get_objects
+
+    def then_collected(generation: int) -> list[object]:
+        found = listed(generation)
+        gc.collect()
+        return found
+
+    monkeypatch.setattr(gc, "get_objects", then_collected)
+    assert one in ddp.Replicas()._found
