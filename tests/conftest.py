@@ -82,8 +82,12 @@ class Workshop:
         self, *argv: str, options: tuple[str, ...] = (), **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run a command under `ckptd launch` until the supervisor ends."""
+        return self.run(*self.command(*options), *argv, **environment)
+
+    def run(self, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run any command until it ends, and keep what it says."""
         return subprocess.run(
-            [*self.command(*options), *argv],
+            argv,
             cwd=self.path,
             env=self.environment(**environment),
             capture_output=True,

@@ -48,8 +48,9 @@ _CONTAINERS: Final = (
     *(list, dict, set, deque, bytearray, OrderedDict, Counter, defaultdict),
     *(torch.Tensor, np.ndarray),
 )
-#: torch's sharded optimizer; imported only where a script uses it.
+#: Of torch's classes for what is sharded the names: importing them takes as long as all the rest.
 _SPREAD: Final = "ZeroRedundancyOptimizer"
+_FSDP: Final = "FullyShardedDataParallel"
 _CODE: Final = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
     *(types.ModuleType, type, staticmethod, classmethod, property),
@@ -165,7 +166,7 @@ def carrier_for(name: str, target: Any) -> Carrier:
         return ModuleCarrier(name, target)
     if isinstance(target, Optimizer) and _keeps_plain_state(target):
         return OptimizerCarrier(name, target)
-    if any(cls.__name__ == _SPREAD for cls in type(target).__mro__):
+    if _is_a(_SPREAD, target):
         raise CannotCarryError(
             f"`{name}` is a {_SPREAD}, whose state is spread over the ranks: ckptd does not carry "
             "these yet. Use the optimizer that it wraps, with DistributedDataParallel"
@@ -287,7 +288,7 @@ class ModuleCarrier(Carrier):
             CannotCarryError: names one.
         """
         modules = zip(names.modules, members.modules, strict=True)
-        sharded: list[tuple[str, object]] = [(n, m) for n, m in modules if _is_fsdp(m)]
+        sharded: list[tuple[str, object]] = [(n, m) for n, m in modules if _is_a(_FSDP, m)]
         sharded += [(n, p) for n, p in _named_parameters(members, names) if tree.is_wrapper(p)]
         if sharded:
             name, one = sharded[0]
@@ -838,9 +839,9 @@ def _no_tensor(number: int) -> torch.Tensor:
     raise AssertionError(f"tensor {number} of a value that was seen to hold none")
 
 
-def _is_fsdp(module: torch.nn.Module) -> bool:
-    # By name: importing them takes as long as all the rest.
-    return any(one.__name__ == "FullyShardedDataParallel" for one in type(module).__mro__)
+def _is_a(name: str, target: object) -> bool:
+    """Whether a class of this name is among an object's."""
+    return any(one.__name__ == name for one in type(target).__mro__)
 
 
 def _is_weight(value: Any) -> bool:

@@ -61,15 +61,7 @@ def run(
     result = workshop.path / "result"
     command = [*workshop.command(*OFTEN, *options), str(python), SCRIPT, fault, str(result)]
     command[0] = str(python)
-    launched = subprocess.run(
-        [*through, *command],
-        cwd=workshop.path,
-        env=workshop.environment(),
-        capture_output=True,
-        text=True,
-        timeout=BOUND_S,
-        check=False,
-    )
+    launched = workshop.run(*through, *command)
     assert launched.returncode == 0, launched.stderr
     assert (workshop.path / "happened").exists(), "it never happened"
     assert result.read_text() == expected

@@ -245,15 +245,8 @@ def test_asked_from_the_command_line(workshop: Workshop, plain: Plain, word: str
     (workshop.path / "out").mkdir()
     launched = Launched(workshop, *forked(), STRIKES="1.3@1:WAIT")
     launched.wait_for("rank 1 strikes: WAIT")
-    asked = subprocess.run(
-        [sys.executable, "-m", "ckptd", word, "job", "--dir", str(workshop.path / "runs")],
-        cwd=workshop.path,
-        env=workshop.environment(),
-        capture_output=True,
-        text=True,
-        timeout=BOUND_S,
-        check=False,
-    )
+    runs = str(workshop.path / "runs")
+    asked = workshop.run(sys.executable, "-m", "ckptd", word, "job", "--dir", runs)
     assert asked.returncode == 0, asked.stdout + asked.stderr + launched.told()
     assert launched.ends() == {"stop": 75, "checkpoint": 0}[word], launched.told()
     assert len(steps(workshop, "durable")) == 1

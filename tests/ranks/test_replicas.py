@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
-from conftest import BOUND_S, SCRIPTS, Workshop
+from conftest import SCRIPTS, Workshop
 
 pytestmark = pytest.mark.real
 
@@ -17,14 +16,5 @@ CASES = ["learns_late", "in_turns", "one_trunk", "alone", "warmed_up", "looked_a
 @pytest.mark.parametrize("case", CASES)
 def test_brought_back(workshop: Workshop, case: str) -> None:
     """Bit for bit, in three ranks; see the script."""
-    argv = [sys.executable, str(SCRIPTS / "replicas.py"), case]
-    done = subprocess.run(
-        argv,
-        cwd=workshop.path,
-        env=workshop.environment(),
-        capture_output=True,
-        text=True,
-        timeout=BOUND_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    forked, script = str(SCRIPTS / "forked.py"), str(SCRIPTS / "replicas.py")
+    workshop.plain(sys.executable, forked, "3", script, case)

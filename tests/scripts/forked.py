@@ -3,7 +3,6 @@
     python forked.py RANKS SCRIPT ARGUMENTS...
 
 It waits for all of them, as a shell's `wait` does, and ends with the first status that is not 0.
-LATE_S lets each rank start so many seconds after the one before.
 """
 
 import atexit
@@ -13,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -53,8 +51,6 @@ def main(ranks, script, *words):
     gc.freeze()
     children = []
     for rank in range(ranks):
-        if rank:
-            time.sleep(float(os.environ.get("LATE_S", "0")))
         pid = os.fork()
         if pid == 0:
             become(module, words, rank)

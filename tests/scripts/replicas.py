@@ -1,17 +1,13 @@
 """What `worker/ddp.py` brings back: one model goes on, a second one is made to be as the first is.
 
-    python replicas.py CASE
+    python forked.py 3 replicas.py CASE
 
-Three ranks, which are forks. Each case trains the first model, records what there is to its
+Each case trains the first model, records what there is to its
 wrapper, restores that into the wrapper of the second one, and makes the same pass with both: each
 gradient has to be the same bit for bit. Ends with 0 if it is, in all ranks.
 """
 
-import os
 import signal
-import socket
-import sys
-import traceback
 import weakref
 
 import torch
@@ -21,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ckptd.worker.ddp import Replicas
 
-RANKS, WIDTH, BOUND_S = 3, 48, 60
+WIDTH, BOUND_S = 48, 60
 
 
 class Net(nn.Module):
@@ -193,33 +189,10 @@ def hooked(rank):
     assert len(seen) == 4 * len(list(old.parameters()))
 
 
-def be(rank, case):
-    """In a fork: one rank; its exit code."""
-    signal.alarm(BOUND_S)
-    os.environ["RANK"] = str(rank)
-    try:
-        dist.init_process_group("gloo")
-        torch.manual_seed(rank)
-        case(rank)
-    except BaseException:  # noqa: BLE001  # as the interpreter does
-        traceback.print_exc()
-        return 1
-    return 0
-
-
 def main(case):
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(RANKS))
-    children = []
-    for rank in range(RANKS):
-        pid = os.fork()
-        if pid == 0:
-            os._exit(be(rank, globals()[case]))
-        children.append(pid)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 for pid in children))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    """One rank."""
+    signal.alarm(BOUND_S)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    globals()[str(case)](rank)
